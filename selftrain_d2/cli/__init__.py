@@ -1,0 +1,65 @@
+"""The command line: ``selftrain-d2 COMMAND`` and the scripts in ``tools/``.
+
+A command is one module of this package with ``add_arguments(parser)``, ``run(args)`` and a docstring
+whose first line is its help text. ``COMMANDS`` names them all.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from selftrain_d2.errors import InputError
+
+# Name on the command line -> module in this package. Imported only when called: a command starts fast.
+COMMANDS = {
+    "train": "train_net",
+    "label": "generate_pseudo_labels",
+    "self-train": "self_train",
+    "convert": "convert_weights",
+    "prepare-neon-trees": "prepare_neon_trees",
+    "visualize-augmentations": "visualize_augmentations",
+    "benchmark": "benchmark",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command's name and its arguments; ``sys.argv[1:]`` if None.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the user's input (one sentence on standard error).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        wanted = not argv or argv[0] in ("-h", "--help")
+        print(_overview(), file=sys.stdout if wanted else sys.stderr)
+        if not wanted:
+            print(f"selftrain-d2: error: unknown command {argv[0]!r}", file=sys.stderr)
+        return 0 if argv and wanted else 2
+    name, *rest = argv
+    module = importlib.import_module(f"selftrain_d2.cli.{COMMANDS[name]}")
+    parser = argparse.ArgumentParser(
+        prog=f"selftrain-d2 {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
+    try:
+        module.run(args)
+    except InputError as error:
+        print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"selftrain-d2 {name}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    lines = ["usage: selftrain-d2 COMMAND [--help] ...", "", "commands:"]
+    lines += [f"  {name}" for name in COMMANDS]
+    return "\n".join(lines)

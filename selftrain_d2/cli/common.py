@@ -1,0 +1,141 @@
+"""Arguments that several commands share, and the checks of a user's config."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.data.augmentation import build_augmentations
+from selftrain_d2.engine.launch import Processes
+from selftrain_d2.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Where the configs are: in the package when installed, at the top of the repository when not.
+_CONFIG_FOLDERS = (
+    Path(__file__).resolve().parents[1] / "configs",
+    Path(__file__).resolve().parents[2] / "configs",
+)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config-file``, ``--allow-unsafe`` and ``KEY VALUE ...``."""
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="a YAML config: a path, or the name of one that is shipped (e.g. neon_trees/lite0_256.yaml)",
+    )
+    parser.add_argument(
+        "--allow-unsafe",
+        action="store_true",
+        help="load config files with Python tags and checkpoints that are pickles. Both can run any code: "
+        "only for files that you trust",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config keys to change, in pairs; after all other arguments",
+    )
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add detectron2's arguments for several processes."""
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="GPUs of this machine (default 1)"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines (default 1)")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="R", help="this machine's number, from 0"
+    )
+    parser.add_argument(
+        "--dist-url", default="auto", metavar="URL", help="address of machine 0, e.g. tcp://10.0.0.1:29500"
+    )
+
+
+def processes_of(args: argparse.Namespace) -> Processes:
+    """What the arguments of :func:`add_launch_arguments` say."""
+    return Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+
+
+def setup_config(args: argparse.Namespace) -> CfgNode:
+    """The config of ``--config-file`` with the ``KEY VALUE`` pairs merged in, checked; not frozen.
+
+    Where CUDA is not available, MODEL.DEVICE "cuda" becomes "cpu", with a warning.
+
+    Raises:
+        InputError: the file is missing, not YAML, has unknown keys, or needs ``--allow-unsafe``; a pair
+            is incomplete, unknown or of the wrong type; the augmentation policy is unknown.
+    """
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    path = find_config(args.config_file)
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=args.allow_unsafe)
+    except yaml.constructor.ConstructorError as error:
+        raise InputError(
+            f"Config {path} has a Python tag ({error.problem}), which would run code: remove it, or pass "
+            "--allow-unsafe if you trust the file."
+        ) from error
+    except yaml.YAMLError as error:
+        raise InputError(f"Config {path} is not valid YAML: {_one_line(error)}.") from error
+    except (KeyError, ValueError, AssertionError, FileNotFoundError, AttributeError) as error:
+        raise InputError(f"Config {path}: {_one_line(error)}.") from error
+    merge_options(cfg, args.opts)
+    build_augmentations(cfg, is_train=True)  # checks the policy and its keys
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("No CUDA device: MODEL.DEVICE is cpu, without mixed precision.")
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.SOLVER.AMP.ENABLED = False
+    return cfg
+
+
+def merge_options(cfg: CfgNode, options: list[str]) -> None:
+    """Merge ``KEY VALUE`` pairs, in place.
+
+    Raises:
+        InputError: an odd number of words, an unknown key, or a value of the wrong type.
+    """
+    options = list(options[1:]) if options[:1] == ["--"] else list(options)
+    for word in options[::2]:
+        if str(word).startswith("-"):
+            raise InputError(f"{word} comes after KEY VALUE pairs: put all --arguments before them.")
+    if len(options) % 2:
+        raise InputError(f"KEY VALUE words come in pairs, but {options[-1]!r} stands alone.")
+    for key, value in zip(options[::2], options[1::2]):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, AssertionError, AttributeError):
+            raise InputError(f"There is no config key {key!r}.") from None
+        except ValueError as error:
+            raise InputError(f"Config key {key}: {_one_line(error)}.") from error
+
+
+def find_config(name: str) -> Path:
+    """A config's path, or that of a shipped config of that name.
+
+    Raises:
+        InputError: neither exists. The message lists the shipped ones.
+    """
+    for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
+        if path.is_file():
+            return path
+    raise InputError(f"Config file {name} does not exist; shipped are: {', '.join(shipped_configs())}.")
+
+
+def shipped_configs() -> list[str]:
+    """Names of all shipped configs."""
+    folder = next((f for f in _CONFIG_FOLDERS if f.is_dir()), None)
+    return [] if folder is None else sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()).rstrip(".")

@@ -1,0 +1,66 @@
+"""The config keys of this plugin. They only add to detectron2's."""
+
+from detectron2.config import CfgNode
+
+
+def add_selftrain_config(cfg: CfgNode) -> None:
+    """Add the keys of self-training to a detectron2 config, in place.
+
+    Args:
+        cfg: a config made by ``detectron2.config.get_cfg()``. No key of detectron2 is changed.
+
+    Sources of the defaults are sections of Zoph et al., "Rethinking Pre-training and Self-training"
+    (arXiv:2006.06882v2), called "the paper".
+    """
+    # ---- EfficientNet backbones -----------------------------------------------------------------
+    cfg.MODEL.EFFICIENTNET = CfgNode()
+    # efficientnet-b0 ... efficientnet-b8, efficientnet-l2, efficientnet-lite0. The paper uses B7 and L2.
+    cfg.MODEL.EFFICIENTNET.NAME = "efficientnet-b7"
+    # BN, SyncBN or FrozenBN. SyncBN (the paper's) acts as BN in a single process.
+    cfg.MODEL.EFFICIENTNET.NORM = "SyncBN"
+    # Probability of skipping the last block; earlier blocks have proportionally less (stochastic depth).
+    cfg.MODEL.EFFICIENTNET.DROP_CONNECT_RATE = 0.2
+    # Recompute each block in the backward pass instead of keeping its activations: less memory, more time.
+    cfg.MODEL.EFFICIENTNET.CHECKPOINT_ACTIVATIONS = False
+    # Memory format of weights and activations. Faster on GPUs with mixed precision.
+    cfg.MODEL.EFFICIENTNET.CHANNELS_LAST = False
+    # Outputs of build_efficientnet_backbone, res1 ... res5 (strides 2 ... 32). With FPN: MODEL.FPN.IN_FEATURES.
+    cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+
+    # ---- Augmentation (Table 1 of the paper) ----------------------------------------------------
+    cfg.INPUT.AUGMENTATION = CfgNode()
+    # A name in AUGMENTATION_REGISTRY: S1 (flip, crop) ... S4 (RandAugment, large scale jitter).
+    cfg.INPUT.AUGMENTATION.POLICY = "S1"
+    # Side of the square training image and longest side of a test image, in pixels.
+    cfg.INPUT.AUGMENTATION.IMAGE_SIZE = 640
+    # Scale jitter relative to IMAGE_SIZE. (0, 0) takes the policy's own: 0.8-1.2 (S1, S2), 0.5-2.0 (S3, S4).
+    cfg.INPUT.AUGMENTATION.SCALE_RANGE = (0.0, 0.0)
+    # AutoAugment policy for detection of S2 and S3: v0 or v1.
+    cfg.INPUT.AUGMENTATION.AUTOAUGMENT = "v0"
+    # RandAugment of S4: operations per image, and their magnitude (0-10; the paper has 10, 15 for ResNet-101).
+    cfg.INPUT.AUGMENTATION.RANDAUGMENT_LAYERS = 1
+    cfg.INPUT.AUGMENTATION.RANDAUGMENT_MAGNITUDE = 10.0
+    # A box of which an operation leaves less than this share of its area inside the image is dropped.
+    cfg.INPUT.AUGMENTATION.MIN_BOX_AREA_FRACTION = 0.1
+    # Lengths in pixels (translation, cutout) are meant for images of 640 pixels. True scales them by
+    # longer side / 640; False uses them as they are.
+    cfg.INPUT.AUGMENTATION.SCALE_PIXEL_LENGTHS = True
+
+    # ---- Data -----------------------------------------------------------------------------------
+    # Names of registered pseudo-labeled datasets. Empty: supervised training (a teacher).
+    cfg.DATASETS.PSEUDO_TRAIN = ()
+    # Pseudo-labeled images per step over all processes, beside SOLVER.IMS_PER_BATCH human-labeled ones.
+    cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
+
+    # ---- Self-training (Section 3 and Appendix B of the paper) ----------------------------------
+    cfg.SELFTRAIN = CfgNode()
+    # Weight of the pseudo loss relative to the human loss.
+    cfg.SELFTRAIN.ALPHA = 1.0
+    # True: (L_h + alpha * avg(L_h) / avg(L_p) * L_p) / (1 + alpha). False: L_h + alpha * L_p.
+    cfg.SELFTRAIN.NORMALIZE_LOSS = True
+    # Decay per step of the moving averages of both losses.
+    cfg.SELFTRAIN.EMA_DECAY = 0.9997
+    # Pseudo boxes below this score are not trained on. Applied when labels are loaded, not when written.
+    cfg.SELFTRAIN.SCORE_THRESH = 0.5
+    # KEY, VALUE, KEY, VALUE, ... merged into the config for the student's training alone, e.g. its schedule.
+    cfg.SELFTRAIN.STUDENT = ()

@@ -1,0 +1,289 @@
+"""Datasets of detectron2's catalog: folders of images, human labels in COCO JSON, pseudo-label folders."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from PIL import Image, UnidentifiedImageError
+
+from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
+from selftrain_d2.errors import InputError
+from selftrain_d2.files import read_json
+
+logger = logging.getLogger(__name__)
+
+# EXIF orientations that swap width and height. detectron2 applies the orientation when it reads an image.
+_EXIF_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
+
+# How far (pixels) a box may stick out of its image. COCO's own files do so by rounding.
+_BORDER_TOLERANCE = 1.0
+
+
+def image_extensions() -> frozenset[str]:
+    """Lower-case file extensions (".jpg", ...) of all formats that Pillow, hence detectron2, can read."""
+    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN)
+
+
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """Image files below a folder, found by extension.
+
+    Returns:
+        Paths relative to ``folder`` with forward slashes, sorted, so that every process and every run
+        has the same order.
+
+    Raises:
+        InputError: the folder is missing or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"Image folder {folder} does not exist or is not a folder.")
+    extensions = image_extensions()
+    found = []
+    for parent, _, names in os.walk(folder, followlinks=True):
+        found += [
+            Path(parent, name).relative_to(folder).as_posix()
+            for name in names
+            if os.path.splitext(name)[1].lower() in extensions
+        ]
+    if not found:
+        raise InputError(
+            f"Image folder {folder} holds no image: no file in it or below it ends in a known "
+            "image extension (.jpg, .png, .tif, ...)."
+        )
+    return sorted(found)
+
+
+def read_image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) in pixels of an image as detectron2 reads it, from its header alone.
+
+    Raises:
+        OSError: the file is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED:
+                width, height = height, width
+    except (UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error
+    return height, width
+
+
+def load_image_folder(folder: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Dataset dicts of all images below a folder, without annotations.
+
+    Returns:
+        The dicts (``file_name, image_id, height, width``; ``image_id`` is the path relative to the folder),
+        and the unreadable files with their reasons.
+
+    Raises:
+        InputError: the folder is missing, or has no readable image.
+    """
+    dicts, unreadable = [], {}
+    for name in list_images(folder):
+        path = os.path.join(folder, name)
+        try:
+            height, width = read_image_size(path)
+        except OSError as error:
+            unreadable[name] = str(error)
+            continue
+        dicts.append({"file_name": path, "image_id": name, "height": height, "width": width})
+    if unreadable:
+        first, reason = next(iter(unreadable.items()))
+        logger.warning(f"{folder}: skipped {len(unreadable)} unreadable images, e.g. {first}: {reason}")
+    if not dicts:
+        raise InputError(f"Image folder {folder} has no readable image: {len(unreadable)} are broken.")
+    return dicts, unreadable
+
+
+def register_image_folder(name: str, folder: str | os.PathLike) -> None:
+    """Register a plain folder of images, nested or not, as an unlabeled dataset.
+
+    Unreadable files are skipped with a warning; once the dataset was loaded,
+    ``MetadataCatalog.get(name).unreadable_files`` maps each to its reason.
+
+    Raises:
+        InputError: the folder is missing or empty, or the name is taken.
+    """
+    list_images(folder)  # a wrong path is told now, not hours later
+
+    def load() -> list[dict[str, Any]]:
+        dicts, unreadable = load_image_folder(folder)
+        metadata = MetadataCatalog.get(name)
+        if not hasattr(metadata, "unreadable_files"):
+            metadata.unreadable_files = unreadable
+        return dicts
+
+    _register(name, load)
+    MetadataCatalog.get(name).set(image_root=str(folder), evaluator_type="none")
+
+
+def register_pseudo_labels(
+    name: str,
+    folder: str | os.PathLike,
+    score_thresh: float = 0.5,
+    image_root: str | os.PathLike | None = None,
+) -> None:
+    """Register a folder of pseudo labels (see ``generate_pseudo_labels``) as a dataset.
+
+    Args:
+        name: for ``DATASETS.PSEUDO_TRAIN``.
+        folder: what ``generate_pseudo_labels`` wrote.
+        score_thresh: boxes below this score are left out. The paper uses 0.5.
+        image_root: where the images are now, if they were moved since.
+
+    Raises:
+        InputError: no finished pseudo labels are there, the threshold lies under the floor of what was
+            written, or the name is taken.
+    """
+    manifest = read_manifest(folder)
+    _register(name, lambda: load_pseudo_labels(folder, score_thresh, image_root=image_root))
+    MetadataCatalog.get(name).set(
+        thing_classes=list(manifest["thing_classes"]), pseudo_label_folder=str(folder), evaluator_type="none"
+    )
+
+
+def register_human_labels(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
+    """Check a COCO JSON with ``check_coco_json``, then register it as detectron2 does.
+
+    Like ``register_coco_instances``, but a mistake in the file is told now and in one sentence, and the
+    class names are known to the catalog before the dataset is loaded.
+
+    Raises:
+        InputError: see :func:`check_coco_json`; or the name is taken.
+    """
+    coco = check_coco_json(json_file, image_root)
+    json_file, image_root = str(json_file), str(image_root)
+    _register(name, lambda: load_coco_json(json_file, image_root, name))
+    MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=coco_class_names(coco),
+    )
+
+
+def _register(name: str, load) -> None:
+    if name in DatasetCatalog:
+        raise InputError(f"A dataset named {name!r} is registered already: choose another name.")
+    DatasetCatalog.register(name, load)
+
+
+def unregister(name: str) -> None:
+    """Remove a dataset and its metadata from detectron2's catalogs. Nothing happens if it is not there."""
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    if name in MetadataCatalog:
+        MetadataCatalog.remove(name)
+
+
+def coco_class_names(coco: dict[str, Any]) -> list[str]:
+    """Class names in the order of detectron2's contiguous ids, that is by category id."""
+    return [c["name"] for c in sorted(coco["categories"], key=lambda c: c["id"])]
+
+
+def check_coco_json(json_file: str | os.PathLike, image_root: str | os.PathLike) -> dict[str, Any]:
+    """Read a COCO JSON of human labels and check all that would fail later, or train on nonsense.
+
+    Returns:
+        The parsed file.
+
+    Raises:
+        InputError: naming the file and the first offender: not JSON, no categories or images, an image file
+            that does not exist, an unknown category or image id, or a box that is NaN, of zero area, or
+            outside its image.
+    """
+    path = Path(json_file)
+    if not path.is_file():
+        raise InputError(f"COCO JSON {path} does not exist.")
+    if not Path(image_root).is_dir():
+        raise InputError(f"Image folder {image_root} (for {path}) does not exist or is not a folder.")
+    coco = read_json(path)
+    if not isinstance(coco, dict):
+        raise InputError(
+            f"{path} is not a COCO file: its top level is a {type(coco).__name__}, not an object."
+        )
+    for key in ("categories", "images"):
+        if not isinstance(coco.get(key), list) or not coco[key]:
+            raise InputError(f"{path} is not a COCO file to train or evaluate on: it has no {key!r}.")
+    try:
+        _check_entries(path, coco, image_root)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a COCO file: an entry lacks or has the wrong kind of {error}."
+        ) from error
+    return coco
+
+
+def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLike) -> None:
+    _check_unique(path, "categories", coco["categories"])
+    _check_unique(path, "images", coco["images"])
+    names = [c["name"] for c in coco["categories"]]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path} has two categories of the same name: {_first_repeated(names)!r}.")
+    missing = [
+        i["file_name"] for i in coco["images"] if not os.path.isfile(os.path.join(image_root, i["file_name"]))
+    ]
+    if missing:
+        raise InputError(
+            f"{path} names {len(missing)} images that are not in {image_root}, e.g. {missing[0]}: "
+            "check the image folder."
+        )
+    images = {image["id"]: image for image in coco["images"]}
+    categories = {category["id"] for category in coco["categories"]}
+    for annotation in coco.get("annotations", []):
+        where = f"{path}, annotation {annotation.get('id')}, image {annotation['image_id']}"
+        if annotation["image_id"] not in images:
+            raise InputError(f"{where}: no image has that id.")
+        if annotation["category_id"] not in categories:
+            raise InputError(f"{where}: no category has the id {annotation['category_id']}.")
+        problem = _box_problem(annotation["bbox"], images[annotation["image_id"]])
+        if problem:
+            raise InputError(f"{where}: the box {annotation['bbox']} (x, y, width, height) {problem}.")
+
+
+def _box_problem(box: Sequence[float], image: dict[str, Any]) -> str | None:
+    if len(box) != 4 or not all(math.isfinite(v) for v in box):
+        return "is not four finite numbers"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return "has no area"
+    excess = max(-x, -y, x + width - image["width"], y + height - image["height"])
+    if excess > _BORDER_TOLERANCE:
+        return f"lies {excess:g} pixels outside its image of {image['width']} x {image['height']}"
+    return None
+
+
+def _check_unique(path: Path, key: str, entries: list[dict[str, Any]]) -> None:
+    ids = [entry["id"] for entry in entries]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{path} has two {key} of the same id: {_first_repeated(ids)}.")
+
+
+def _first_repeated(values: list) -> Any:
+    seen = set()
+    return next(v for v in values if v in seen or seen.add(v))
+
+
+def check_same_classes(expected: Sequence[str], found: Sequence[str], where: str, reference: str) -> None:
+    """Raise InputError unless two datasets have the same classes in the same order.
+
+    Args:
+        expected, found: class names by contiguous id.
+        where, reference: what has ``found`` and ``expected``, for the message.
+    """
+    if list(expected) != list(found):
+        raise InputError(
+            f"{where} has other classes than {reference}: {_shortened(found)} against {_shortened(expected)}."
+        )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return f"[{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}] ({len(names)})"

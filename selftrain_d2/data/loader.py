@@ -1,0 +1,232 @@
+"""Batches with a fixed number of human-labeled and of pseudo-labeled images."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import configurable
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from selftrain_d2.data.datasets import check_same_classes
+from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.errors import InputError
+
+# One sample: which source, which image of it, and its position in that source's stream over all processes.
+SampleKey = tuple
+
+
+class MixedBatchSampler(Sampler):
+    """Endless batches of sample keys: first the human images, then the pseudo images.
+
+    Each source has its own stream of indices (any of detectron2's training samplers, which deal one stream
+    out to all processes), so a batch has the same number of each in every process and every step.
+
+    Args:
+        samplers: one endless sampler a source, each already restricted to this process.
+        batch_sizes: images of each source per batch of this process.
+        groups: for each source the group of every image, or None. A batch takes the images of a source
+            from one group only (aspect-ratio grouping).
+        first_batch: batches to leave out at the start. Training resumed at step n continues with batch n.
+    """
+
+    def __init__(
+        self,
+        samplers: Sequence[Sampler],
+        batch_sizes: Sequence[int],
+        groups: Sequence[Sequence[int] | None],
+    ):
+        self.samplers = samplers
+        self.batch_sizes = batch_sizes
+        self.groups = groups
+        self.first_batch = 0
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        streams = [
+            self._batches(source, sampler, size, group)
+            for source, (sampler, size, group) in enumerate(zip(self.samplers, self.batch_sizes, self.groups))
+        ]
+        batches = (list(itertools.chain.from_iterable(parts)) for parts in zip(*streams))
+        # Only indices are drawn for the batches left out: a million take seconds.
+        return itertools.islice(batches, self.first_batch, None)
+
+    @staticmethod
+    def _batches(source: int, sampler: Sampler, size: int, group: Sequence[int] | None):
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        waiting: dict[int, list[SampleKey]] = {}
+        for draw, index in enumerate(sampler):
+            batch = waiting.setdefault(0 if group is None else group[index], [])
+            batch.append((source, index, rank + draw * world_size))
+            if len(batch) == size:
+                yield list(batch)
+                batch.clear()
+
+
+class MixedDataset(Dataset):
+    """Maps sample keys to mapped samples, each with random numbers of its own.
+
+    The random state of a sample depends on the seed and its key alone. So the same seed gives the same
+    samples whatever the number of loader workers or processes, and wherever a resumed run starts.
+    """
+
+    def __init__(self, sources: Sequence[Dataset], mapper: Callable[[dict], dict], seed: int):
+        self.sources = sources
+        self.mapper = mapper
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        source, index, draw = key
+        seed = np.random.SeedSequence([self.seed, source, draw]).generate_state(1)[0]
+        before = random.getstate(), np.random.get_state()
+        random.seed(int(seed))
+        np.random.seed(seed)
+        try:
+            return self.mapper(self.sources[source][index])
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def get_human_dicts(cfg) -> list[dict[str, Any]]:
+    """Dataset dicts of DATASETS.TRAIN, stamped as human-labeled."""
+    _check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    return [{**d, "label_source": "human"} for d in dicts]
+
+
+def get_pseudo_dicts(cfg) -> list[dict[str, Any]]:
+    """Dataset dicts of DATASETS.PSEUDO_TRAIN, stamped as pseudo-labeled.
+
+    Images without boxes stay: the paper trains on them as all-negative.
+
+    Raises:
+        InputError: a dataset is not registered, or has other classes than DATASETS.TRAIN.
+    """
+    _check_registered("DATASETS.PSEUDO_TRAIN", cfg.DATASETS.PSEUDO_TRAIN)
+    human = cfg.DATASETS.TRAIN[0]
+    for name in cfg.DATASETS.PSEUDO_TRAIN:
+        check_same_classes(
+            MetadataCatalog.get(human).get("thing_classes", []),
+            MetadataCatalog.get(name).get("thing_classes", []),
+            f"The pseudo-labeled dataset {name!r}",
+            f"the human-labeled dataset {human!r}",
+        )
+    dicts = get_detection_dataset_dicts(cfg.DATASETS.PSEUDO_TRAIN, filter_empty=False)
+    return [{**d, "label_source": "pseudo"} for d in dicts]
+
+
+def _check_registered(key: str, names: Sequence[str]) -> None:
+    if not names:
+        raise InputError(f"{key} is empty: name at least one registered dataset.")
+    for name in names:
+        if name not in DatasetCatalog:
+            raise InputError(
+                f"{key} names {name!r}, which is not registered; known: {DatasetCatalog.list()}."
+            )
+
+
+def _from_config(cfg, *, mapper=None):
+    if bool(cfg.DATASETS.PSEUDO_TRAIN) != bool(cfg.SOLVER.PSEUDO_IMS_PER_BATCH):
+        raise InputError(
+            "DATASETS.PSEUDO_TRAIN and SOLVER.PSEUDO_IMS_PER_BATCH belong together: set both to train a "
+            f"student, neither to train a teacher (now {cfg.DATASETS.PSEUDO_TRAIN} and "
+            f"{cfg.SOLVER.PSEUDO_IMS_PER_BATCH})."
+        )
+    human_dicts = get_human_dicts(cfg)
+    return {
+        "human_dicts": human_dicts,
+        "pseudo_dicts": get_pseudo_dicts(cfg) if cfg.DATASETS.PSEUDO_TRAIN else [],
+        "mapper": SelfTrainingDatasetMapper(cfg, is_train=True) if mapper is None else mapper,
+        "human_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "pseudo_batch_size": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
+        "human_repeat_factors": _repeat_factors(cfg, human_dicts),
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "seed": cfg.SEED if cfg.SEED >= 0 else None,
+    }
+
+
+def _repeat_factors(cfg, dicts):
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        return None
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+    raise InputError(
+        f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r} is not supported: "
+        "use TrainingSampler or RepeatFactorTrainingSampler."
+    )
+
+
+@configurable(from_config=_from_config)
+def build_selftrain_train_loader(
+    *,
+    human_dicts: list[dict[str, Any]],
+    pseudo_dicts: list[dict[str, Any]],
+    mapper: Callable[[dict], dict],
+    human_batch_size: int,
+    pseudo_batch_size: int,
+    human_repeat_factors=None,
+    aspect_ratio_grouping: bool = False,
+    num_workers: int = 0,
+    seed: int | None = None,
+) -> DataLoader:
+    """An endless loader whose every batch has the same number of human and of pseudo images.
+
+    Call it as ``build_selftrain_train_loader(cfg)`` or with the arguments.
+
+    Args:
+        human_dicts, pseudo_dicts: detectron2 dataset dicts; ``pseudo_dicts`` is empty for a teacher.
+        mapper: makes a sample of a dict; :class:`SelfTrainingDatasetMapper` by default.
+        human_batch_size, pseudo_batch_size: images a step over all processes; each process has its share.
+        human_repeat_factors: float tensor ``(len(human_dicts),)``, how often an image comes in an epoch
+            (detectron2's RepeatFactorTrainingSampler), or None for once.
+        aspect_ratio_grouping: whether the human (pseudo) images of a batch are all wide or all tall.
+            Of use where training images have different shapes, which those of S1-S4 have not.
+        num_workers: loader processes.
+        seed: of the order of images and of augmentation. None: random, the same in all processes.
+
+    Returns:
+        A DataLoader of lists of samples, human ones first, each with ``label_source``.
+        ``loader.batch_sampler.first_batch`` may be set before the iteration starts, to resume there.
+
+    Raises:
+        InputError: a batch size does not divide by the number of processes, or a dataset is empty.
+    """
+    world_size = comm.get_world_size()
+    dicts, sizes, samplers = [], [], []
+    seed = comm.shared_random_seed() if seed is None else seed
+    for source, (source_dicts, size, repeat_factors) in enumerate(
+        [(human_dicts, human_batch_size, human_repeat_factors), (pseudo_dicts, pseudo_batch_size, None)]
+    ):
+        if size == 0:
+            continue
+        key = ("SOLVER.IMS_PER_BATCH", "SOLVER.PSEUDO_IMS_PER_BATCH")[source]
+        if size % world_size:
+            raise InputError(f"{key} = {size} does not divide by the {world_size} processes.")
+        if not source_dicts:
+            raise InputError(f"{key} = {size}, but there are no such images.")
+        dicts.append(source_dicts)
+        sizes.append(size // world_size)
+        samplers.append(
+            TrainingSampler(len(source_dicts), seed=seed + source)
+            if repeat_factors is None
+            else RepeatFactorTrainingSampler(repeat_factors, seed=seed + source)
+        )
+    groups = [[int(d["width"] > d["height"]) for d in ds] if aspect_ratio_grouping else None for ds in dicts]
+    return DataLoader(
+        MixedDataset([DatasetFromList(ds, copy=False) for ds in dicts], mapper, seed),
+        batch_sampler=MixedBatchSampler(samplers, sizes, groups),
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator,
+    )

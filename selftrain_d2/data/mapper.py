@@ -1,0 +1,222 @@
+"""Reads an image, augments it with its labels, and says where the labels come from."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
+from detectron2.structures.masks import polygons_to_bitmask
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from selftrain_d2.data.augmentation import build_augmentations
+from selftrain_d2.data.augmentation.box_only import BoxOnlyTransform
+from selftrain_d2.data.augmentation.geometric import CanvasTransform
+from selftrain_d2.errors import InputError
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class SelfTrainingDatasetMapper(DatasetMapper):
+    """detectron2's DatasetMapper with this plugin's policies, faster, and aware of the label source.
+
+    Takes a dataset dict and returns it with ``image`` (C, H, W) uint8, ``label_source`` ("human" unless
+    the dict says otherwise) and, in training, ``instances`` with ``gt_boxes`` (N, 4) XYXY in pixels,
+    ``gt_classes`` (N,), and ``gt_masks`` and ``gt_keypoints`` where the config asks for them; ``sem_seg``
+    (H, W) where the dict names a file. Crowd annotations are left out. Images without any box stay.
+
+    Other than detectron2's mapper it hands boxes to the augmentations, which the operations inside boxes
+    need, and moves all boxes of an image at once.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        for key, value in (
+            ("MODEL.LOAD_PROPOSALS", cfg.MODEL.LOAD_PROPOSALS),
+            ("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED),
+        ):
+            if value:
+                raise InputError(
+                    f"{key} does not work with the policies of INPUT.AUGMENTATION; set it to False."
+                )
+        arguments = super().from_config(cfg, is_train)
+        arguments["augmentations"] = build_augmentations(cfg, is_train)
+        return arguments
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map one dataset dict, which is not changed.
+
+        Raises:
+            InputError: for an image that cannot be read or has another size than its dict says, missing
+                annotations, and annotations that cannot be used (named by file and image id).
+        """
+        sample = dict(dataset_dict)
+        sample.setdefault("label_source", "human")
+        image = self._read(sample)
+        annotations = self._training_annotations(sample) if self.is_train else []
+        sem_seg = None
+        if "sem_seg_file_name" in sample:
+            sem_seg = utils.read_image(sample.pop("sem_seg_file_name"), "L").squeeze(2)
+
+        boxes = _boxes(annotations, sample)
+        augmented = T.AugInput(image, boxes=boxes, sem_seg=sem_seg)
+        transforms = self.augmentations(augmented)
+
+        sample["image"] = _to_tensor(augmented.image)
+        if augmented.sem_seg is not None:
+            sample["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype(np.int64))
+        sample.pop("annotations", None)
+        if self.is_train:
+            image_size = augmented.image.shape[:2]
+            instances = Instances(image_size)
+            instances.gt_boxes = Boxes(torch.as_tensor(augmented.boxes, dtype=torch.float32))
+            classes = [annotation["category_id"] for annotation in annotations]
+            instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+            if self.use_instance_mask:
+                instances.gt_masks = self._masks(annotations, transforms, image_size, sample)
+            if self.use_keypoint:
+                instances.gt_keypoints = self._keypoints(annotations, transforms, image_size, sample)
+            sample["instances"] = utils.filter_empty_instances(instances)
+        return sample
+
+    def _read(self, sample: dict[str, Any]) -> np.ndarray:
+        try:
+            image = read_image(sample["file_name"], self.image_format)
+        except _UNREADABLE as error:
+            raise InputError(f"{_name(sample)} cannot be read ({error}); repair or remove it.") from error
+        try:
+            utils.check_image_size(sample, image)
+        except utils.SizeMismatchError as error:
+            raise InputError(
+                f"{_name(sample)} is {image.shape[1]} x "
+                f"{image.shape[0]} pixels, but its annotations say {sample.get('width')} x "
+                f"{sample.get('height')}; correct width and height there."
+            ) from error
+        return image
+
+    def _training_annotations(self, sample: dict[str, Any]) -> list[dict[str, Any]]:
+        if "annotations" not in sample:
+            raise InputError(
+                f"{_name(sample)} has no annotations to train on; "
+                "give it a list (empty if it shows no object), or label it first."
+            )
+        if "proposal_boxes" in sample:
+            raise InputError(
+                f"{_name(sample)} carries precomputed proposals, "
+                "which the augmentation policies cannot move; remove them."
+            )
+        return [annotation for annotation in sample["annotations"] if not annotation.get("iscrowd", 0)]
+
+    def _masks(self, annotations, transforms, image_size, sample) -> PolygonMasks | BitMasks:
+        segmentations = []
+        for annotation in annotations:
+            segmentation = annotation.get("segmentation")
+            if isinstance(segmentation, list):
+                polygons = transforms.apply_polygons([np.reshape(p, (-1, 2)) for p in segmentation])
+                if self.instance_mask_format == "polygon":
+                    segmentations.append([p.reshape(-1) for p in polygons])
+                else:
+                    polygons = [p.reshape(-1) for p in polygons]
+                    segmentations.append(polygons_to_bitmask(polygons, *image_size))
+            elif isinstance(segmentation, dict) and self.instance_mask_format == "bitmask":
+                mask = mask_util.decode(segmentation).astype(bool)
+                segmentations.append(transforms.apply_segmentation(mask))
+            else:
+                raise InputError(
+                    f"{_name(sample)} has an annotation without a "
+                    f"usable mask ({type(segmentation).__name__}); INPUT.MASK_FORMAT 'polygon' needs lists of "
+                    "polygons, 'bitmask' takes these and RLE, and MODEL.MASK_ON False needs none."
+                )
+        if self.instance_mask_format == "polygon":
+            return PolygonMasks(segmentations)
+        stacked = np.stack(segmentations) if segmentations else np.zeros((0, *image_size), dtype=bool)
+        return BitMasks(torch.from_numpy(np.ascontiguousarray(stacked)))
+
+    def _keypoints(self, annotations, transforms, image_size, sample) -> Keypoints:
+        """(N, K, 3): x, y, visibility; all zero where a point is not visible any more."""
+        count = len(self.keypoint_hflip_indices)
+        if any(len(annotation.get("keypoints", ())) != 3 * count for annotation in annotations):
+            raise InputError(
+                f"{_name(sample)} has an annotation without {count} keypoints of 3 numbers, which the data "
+                "set's keypoint_names ask for; set MODEL.KEYPOINT_ON to False or complete it."
+            )
+        keypoints = np.array([a["keypoints"] for a in annotations], dtype=np.float64).reshape(-1, 3)
+        points, visible = keypoints[:, :2].copy(), keypoints[:, 2] > 0
+        mirrored = np.zeros(len(annotations), dtype=bool)
+        for transform in transforms.transforms:
+            points = transform.apply_coords(points)
+            if isinstance(transform, CanvasTransform):
+                visible &= transform.contains(points)
+            if isinstance(transform, BoxOnlyTransform):
+                mirrored ^= transform.mirrored_boxes(len(annotations))
+            else:
+                mirrored ^= isinstance(transform, T.HFlipTransform) or getattr(transform, "mirrors", False)
+        visible &= ((points >= 0) & (points <= image_size[::-1])).all(axis=1)
+        keypoints[:, :2] = points
+        keypoints[~visible] = 0
+        keypoints = keypoints.reshape(-1, count, 3)
+        keypoints[mirrored] = keypoints[mirrored][:, self.keypoint_hflip_indices]
+        return Keypoints(keypoints)
+
+
+def read_image(file_name: str, image_format: str) -> np.ndarray:
+    """Read an image as detectron2 does, most JPEG files faster.
+
+    Args:
+        file_name: a path that detectron2's PathManager knows.
+        image_format: as detectron2's ``read_image`` has it: RGB, BGR, L, ...
+
+    Returns:
+        (H, W, C) uint8, turned upright by its EXIF orientation.
+
+    Raises:
+        OSError: for a file that is missing or not an image.
+    """
+    with PathManager.open(file_name, "rb") as file:
+        data = file.read()
+    # Pillow reads the header: what is not plain three-channel JPEG is left to it. A file cut short has
+    # no end marker, and OpenCV would fill it up with grey instead of refusing it.
+    if image_format in ("RGB", "BGR") and data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
+        with Image.open(io.BytesIO(data)) as header:
+            mode = header.mode
+        if mode == "RGB":
+            image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+            if image is not None:
+                return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return np.ascontiguousarray(utils.read_image(file_name, image_format))
+
+
+def _name(sample: dict[str, Any]) -> str:
+    return f"Image {sample['file_name']} (id {sample.get('image_id')})"
+
+
+def _boxes(annotations: list[dict[str, Any]], sample: dict[str, Any]) -> np.ndarray:
+    """The annotations' boxes, (N, 4) XYXY in pixels, float64."""
+    boxes = np.zeros((len(annotations), 4))
+    for box, annotation in zip(boxes, annotations):
+        mode = annotation["bbox_mode"]
+        if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+            raise InputError(
+                f"{_name(sample)} has a box of mode "
+                f"{BoxMode(mode).name}; only XYXY_ABS and XYWH_ABS can be augmented."
+            )
+        box[:] = annotation["bbox"]
+        if mode == BoxMode.XYWH_ABS:
+            box[2:] += box[:2]
+    return boxes
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W), (H, W, C) -> contiguous (C, H, W)."""
+    planes = np.empty((image.size // (image.shape[0] * image.shape[1]), *image.shape[:2]), dtype=image.dtype)
+    cv2.split(image, list(planes))  # several times faster than numpy's transposition
+    return torch.from_numpy(planes)

@@ -1,0 +1,146 @@
+"""One training or evaluation run: datasets, seeds, logs, and the processes it runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+
+from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
+from selftrain_d2.engine.logs import log_to_console, log_to_file
+from selftrain_d2.engine.trainer import SelfTrainingTrainer
+from selftrain_d2.files import write_json
+from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
+
+logger = logging.getLogger(__name__)
+
+#: File in OUTPUT_DIR with the evaluation at the end of training; written last.
+RESULTS = "results.json"
+
+#: (name, register function, its other arguments). Every process registers the datasets for itself.
+DatasetSpec = tuple
+
+
+@dataclass
+class Processes:
+    """How many processes a run has; the fields are the arguments of ``detectron2.engine.launch``."""
+
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+
+def human_labels(name: str, json_file: str, image_root: str) -> DatasetSpec:
+    """Human labels in COCO JSON, for :func:`registered`."""
+    return name, register_human_labels, (os.path.abspath(json_file), os.path.abspath(image_root))
+
+
+def pseudo_labels(name: str, folder: str, score_thresh: float) -> DatasetSpec:
+    """A pseudo-label folder, for :func:`registered`."""
+    return name, register_pseudo_labels, (os.path.abspath(folder), score_thresh)
+
+
+@contextlib.contextmanager
+def registered(datasets: Sequence[DatasetSpec]) -> Iterator[None]:
+    """Register datasets, and remove them again."""
+    done = []
+    try:
+        for name, register, arguments in datasets:
+            register(name, *arguments)
+            done.append(name)
+        yield
+    finally:
+        for name in done:
+            unregister(name)
+
+
+def train(
+    cfg: CfgNode,
+    datasets: Sequence[DatasetSpec] = (),
+    *,
+    resume: bool = False,
+    allow_unsafe: bool = False,
+    processes: Processes | None = None,
+) -> None:
+    """Train and evaluate as the config says; ``metrics.json``, ``log.txt`` and checkpoints go to OUTPUT_DIR.
+
+    Args:
+        cfg: a teacher's or a student's config.
+        datasets: registered for the time of the run, in every process.
+        resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
+        allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
+        processes: one by default.
+    """
+    _launch(_train, processes, (cfg, datasets, resume, allow_unsafe))
+
+
+def evaluate(
+    cfg: CfgNode,
+    datasets: Sequence[DatasetSpec] = (),
+    *,
+    allow_unsafe: bool = False,
+    processes: Processes | None = None,
+) -> None:
+    """Evaluate MODEL.WEIGHTS on DATASETS.TEST and log the results."""
+    _launch(_evaluate, processes, (cfg, datasets, allow_unsafe))
+
+
+def _launch(main, processes: Processes | None, arguments: tuple) -> None:
+    p = processes or Processes()
+    launch(main, p.num_gpus, p.num_machines, p.machine_rank, p.dist_url, args=arguments)
+
+
+@contextlib.contextmanager
+def _run(cfg: CfgNode, datasets: Sequence[DatasetSpec]) -> Iterator[None]:
+    rank = comm.get_rank()
+    suffix = f".rank{rank}" if rank else ""
+    with log_to_file(os.path.join(cfg.OUTPUT_DIR, f"log.txt{suffix}")), registered(datasets):
+        if rank == 0:
+            if comm.get_world_size() > 1:  # a new process
+                log_to_console()
+            logging.getLogger("detectron2").info("Environment:\n" + collect_env_info())
+            with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
+                file.write(cfg.dump())
+        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+        yield
+
+
+def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_unsafe: bool) -> None:
+    with _run(cfg, datasets):
+        trainer = SelfTrainingTrainer(cfg, allow_unsafe=allow_unsafe)
+        trainer.resume_or_load(resume)
+        trainer.train()
+        if comm.is_main_process():
+            results = getattr(trainer, "_last_eval_results", None) or {}
+            write_json(os.path.join(cfg.OUTPUT_DIR, RESULTS), _finite(results))
+
+
+def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool) -> dict[str, Any]:
+    with _run(cfg, datasets):
+        model = SelfTrainingTrainer.build_model(cfg)
+        SafeDetectionCheckpointer(model, allow_unsafe=allow_unsafe).load(
+            cfg.MODEL.WEIGHTS, checkpointables=[]
+        )
+        results = SelfTrainingTrainer.test(cfg, model)
+        for task, metrics in results.items():
+            logger.info(f"{task}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        return results
+
+
+def _finite(results: dict[str, Any]) -> dict[str, Any]:
+    """Results for JSON, which has no NaN: COCO's AP of a box size that no truth has becomes null."""
+    return {
+        task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        for task, metrics in results.items()
+    }

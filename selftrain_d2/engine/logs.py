@@ -1,0 +1,53 @@
+"""Where log lines go: progress to the console, everything to a run's log file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+_LOGGERS = ("selftrain_d2", "detectron2", "fvcore")
+
+
+def log_to_console() -> None:
+    """Show this package's log, detectron2's training progress, and all warnings on standard output.
+
+    detectron2's own set-up also prints environment, config and model; here those go to the log file.
+    """
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+    handler.addFilter(_is_progress)
+    for logger in _configured():
+        logger.handlers = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
+        logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def log_to_file(path: str | os.PathLike) -> Iterator[None]:
+    """Append every log line to a file, as long as the context lasts."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
+    for logger in _configured():
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in _configured():
+            logger.removeHandler(handler)
+        handler.close()
+
+
+def _configured() -> list[logging.Logger]:
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return loggers
+
+
+def _is_progress(record: logging.LogRecord) -> bool:
+    ours = record.name.startswith("selftrain_d2") or record.name == "detectron2.utils.events"
+    return ours or record.levelno >= logging.WARNING

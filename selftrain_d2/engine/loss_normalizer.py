@@ -1,0 +1,132 @@
+"""The normalized loss of self-training (Appendix B of the paper) as a detectron2 hook."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+from selftrain_d2.errors import InputError
+
+#: The two sources of labels, in the order of every pair in this package.
+LABEL_SOURCES = ("human", "pseudo")
+
+
+class LossNormalizer(HookBase):
+    """Weighs the human and the pseudo loss of every step.
+
+    With L_h and L_p the losses of a step, and avg their exponential moving averages::
+
+        L = 1 / (1 + alpha) * (L_h + alpha * avg(L_h) / avg(L_p) * L_p)
+
+    (paper, Appendix B). The ratio of the averages is a constant for the gradient. With
+    ``normalize=False`` the loss is the plain sum ``L_h + alpha * L_p``.
+
+    detectron2 calls hooks before and after a step, never between forward and backward. So the hook gives
+    the model its weights before the step, and takes the raw losses after it: the averages lag one step.
+    In the first step, before any loss was seen, the ratio is 1. The averages start at the first losses.
+
+    The trainer's model must have the two attributes of
+    :class:`~selftrain_d2.modeling.meta_arch.SelfTrainingRetinaNet`: ``loss_weights`` and ``raw_losses``.
+    The trainer itself may be any of detectron2's (SimpleTrainer, AMPTrainer, DefaultTrainer) or your own.
+
+    Args:
+        alpha: weight of the pseudo loss, >= 0. The paper uses 0.25 - 4.
+        ema_decay: decay per step of the moving averages, in [0, 1). The paper uses 0.9997.
+        normalize: False for the plain sum.
+    """
+
+    def __init__(self, alpha: float = 1.0, ema_decay: float = 0.9997, normalize: bool = True):
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise InputError(f"SELFTRAIN.ALPHA must be a number >= 0, not {alpha}.")
+        if not 0 <= ema_decay < 1:
+            raise InputError(f"SELFTRAIN.EMA_DECAY must be in [0, 1), not {ema_decay}.")
+        self.alpha = float(alpha)
+        self.ema_decay = float(ema_decay)
+        self.normalize = bool(normalize)
+        self.human_average: float | None = None
+        self.pseudo_average: float | None = None
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights (human, pseudo) of the next step's raw losses."""
+        if not self.normalize:
+            return 1.0, self.alpha
+        return 1 / (1 + self.alpha), self.alpha * self.ratio / (1 + self.alpha)
+
+    @property
+    def ratio(self) -> float:
+        """avg(L_h) / avg(L_p); 1 while a loss is unseen or avg(L_p) is zero, where any finite value does."""
+        if self.human_average is None or not self.pseudo_average:
+            return 1.0
+        return self.human_average / self.pseudo_average
+
+    def update(self, human_loss: float, pseudo_loss: float) -> None:
+        """Move both averages by one step's raw (unweighted) losses.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite. The averages stay as they were.
+        """
+        for source, loss in zip(LABEL_SOURCES, (human_loss, pseudo_loss)):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The {source} loss is {loss}.")
+        self.human_average = self._moved(self.human_average, float(human_loss))
+        self.pseudo_average = self._moved(self.pseudo_average, float(pseudo_loss))
+
+    def _moved(self, average: float | None, value: float) -> float:
+        return value if average is None else self.ema_decay * average + (1 - self.ema_decay) * value
+
+    # ---- as a hook --------------------------------------------------------------------------------
+
+    def before_train(self) -> None:
+        if not hasattr(self._model(), "raw_losses"):
+            raise InputError(
+                f"{type(self._model()).__name__} does not keep human and pseudo losses apart: set "
+                "MODEL.META_ARCHITECTURE to SelfTrainingRetinaNet, or MODEL.WEIGHTS of a model that has "
+                "`loss_weights` and `raw_losses`."
+            )
+
+    def before_step(self) -> None:
+        self._model().loss_weights = self.weights
+
+    def after_step(self) -> None:
+        raw = self._model().raw_losses
+        if raw["pseudo"] is None:  # a supervised step: nothing to balance
+            return
+        # Every process must hold the same averages, or their gradients would be weighed differently.
+        losses = torch.stack([raw["human"], raw["pseudo"]]).detach().double()
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(losses)
+            losses /= comm.get_world_size()
+        human_loss, pseudo_loss = losses.tolist()
+        human_weight, pseudo_weight = self._model().loss_weights
+        try:
+            self.update(human_loss, pseudo_loss)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"Step {self.trainer.iter}: {error}") from None
+        self.trainer.storage.put_scalars(
+            human_loss=human_loss,
+            pseudo_loss=pseudo_loss,
+            human_loss_average=self.human_average,
+            pseudo_loss_average=self.pseudo_average,
+            human_loss_weight=human_weight,
+            pseudo_loss_weight=pseudo_weight,
+            smoothing_hint=False,
+        )
+
+    def _model(self) -> torch.nn.Module:
+        model = self.trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both moving averages; None before the first step."""
+        return {"human_average": self.human_average, "pseudo_average": self.pseudo_average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the averages of :meth:`state_dict`."""
+        self.human_average = state["human_average"]
+        self.pseudo_average = state["pseudo_average"]

@@ -1,0 +1,293 @@
+"""The whole loop on one's own data: teacher, pseudo labels, student."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+
+from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco_class_names, list_images
+from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
+from selftrain_d2.engine.launch import RESULTS, DatasetSpec, Processes, human_labels, pseudo_labels, train
+from selftrain_d2.engine.summary import write_summary
+from selftrain_d2.errors import InputError
+from selftrain_d2.files import check_unchanged, read_json, write_json
+from selftrain_d2.labeling.generate import generate_pseudo_labels
+from selftrain_d2.modeling.checkpoint import file_sha256
+
+logger = logging.getLogger(__name__)
+
+LABELED, PSEUDO, VALIDATION = "selftrain_labeled", "selftrain_pseudo", "selftrain_validation"
+STAGE = "stage.json"
+SUMMARY = "summary.json"
+
+# Where and how fast a stage runs does not change what it makes.
+_KEYS_WITHOUT_EFFECT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "MODEL.WEIGHTS", "VERSION")
+
+
+@dataclass
+class SelfTrainingData:
+    """One's own data, as paths. The two optional parts serve to judge, never to train."""
+
+    labeled_json: str
+    labeled_images: str
+    unlabeled_images: str
+    validation_json: str | None = None
+    validation_images: str | None = None
+    #: Withheld labels of the unlabeled images, if there are any: pseudo labels are judged by them.
+    unlabeled_truth_json: str | None = None
+
+    def check(self) -> list[str]:
+        """Check all files before any work starts.
+
+        Returns:
+            The class names.
+
+        Raises:
+            InputError: see ``check_coco_json`` and ``list_images``; or validation has other classes.
+        """
+        labeled = check_coco_json(self.labeled_json, self.labeled_images)
+        if not labeled.get("annotations"):
+            raise InputError(f"{self.labeled_json} has no annotations: the teacher needs labeled images.")
+        classes = coco_class_names(labeled)
+        list_images(self.unlabeled_images)
+        if (self.validation_json is None) != (self.validation_images is None):
+            raise InputError("--val-json and --val-images belong together: give both or neither.")
+        for json_file, images in (
+            (self.validation_json, self.validation_images),
+            (self.unlabeled_truth_json, self.unlabeled_images),
+        ):
+            if json_file is not None:
+                names = coco_class_names(check_coco_json(json_file, images))
+                check_same_classes(classes, names, json_file, self.labeled_json)
+        return classes
+
+
+def self_train(
+    cfg: CfgNode,
+    data: SelfTrainingData,
+    output: str | os.PathLike,
+    *,
+    rounds: int = 1,
+    control: bool = False,
+    score_floor: float = 0.05,
+    allow_unsafe: bool = False,
+    processes: Processes | None = None,
+) -> dict[str, Any]:
+    """Train a teacher, label the unlabeled images with it, train a student on both kinds of labels.
+
+    The stages are folders under ``output``: ``teacher/``, ``pseudo_labels/``, ``student/``, and
+    ``control/`` if asked for. Called again, finished stages are not redone and the one that was stopped
+    goes on. ``summary.json`` and ``summary.md`` come last.
+
+    Args:
+        cfg: config of the teacher. The student has the same but for SELFTRAIN.STUDENT, starts from the
+            teacher's weights (paper, Section 3 and Table 10), and sees SOLVER.PSEUDO_IMS_PER_BATCH pseudo
+            images a step; where that is 0, as many as human ones (the paper's half and half).
+        data: the images and labels.
+        rounds: with N > 1 the student becomes the next teacher, N - 1 times; those stages are in
+            ``round_2/``, ...
+        control: also train the teacher on for the student's steps on human labels alone. What the student
+            gains over this control is what the unlabeled images gave.
+        score_floor: pseudo boxes of a lower score are not even written.
+        allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
+        processes: of training and labeling; one by default.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InputError: the data has a fault, or a stage under ``output`` was made with other settings.
+    """
+    classes = data.check()
+    if rounds < 1:
+        raise InputError(f"--rounds must be at least 1, not {rounds}.")
+    loop = _Loop(cfg, data, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
+    start = time.perf_counter()
+    teacher = loop.train("teacher", loop.teacher_config())
+    stages = {"teacher": teacher}
+    for number in range(1, rounds + 1):
+        prefix = "" if number == 1 else f"round_{number}/"
+        stages[f"{prefix}pseudo_labels"] = labels = loop.label(f"{prefix}pseudo_labels", teacher)
+        student = loop.train(
+            f"{prefix}student",
+            loop.student_config(teacher),
+            pseudo_labels(PSEUDO, labels["folder"], cfg.SELFTRAIN.SCORE_THRESH),
+        )
+        stages[f"{prefix}student"] = teacher = student
+    if control:
+        stages["control"] = loop.train("control", loop.control_config(stages["teacher"]))
+    summary = {
+        "seed": cfg.SEED,
+        "score_thresh": cfg.SELFTRAIN.SCORE_THRESH,
+        "seconds_of_last_run": round(time.perf_counter() - start, 1),
+        "stages": stages,
+    }
+    return write_summary(Path(output), summary, loop.config_of("student"), data)
+
+
+class _Loop:
+    """The stages of one output folder."""
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        data: SelfTrainingData,
+        output: Path,
+        classes: list[str],
+        score_floor: float,
+        allow_unsafe: bool,
+        processes: Processes,
+    ):
+        self.cfg = cfg
+        self.data = data
+        self.output = output
+        self.classes = classes
+        self.score_floor = score_floor
+        self.allow_unsafe = allow_unsafe
+        self.processes = processes
+
+    def teacher_config(self) -> CfgNode:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TRAIN = (LABELED,)
+        cfg.DATASETS.PSEUDO_TRAIN = ()
+        cfg.DATASETS.TEST = (VALIDATION,) if self.data.validation_json else ()
+        cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
+        cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(self.classes)
+        return cfg
+
+    def student_config(self, teacher: dict[str, Any]) -> CfgNode:
+        cfg = self.control_config(teacher)
+        cfg.DATASETS.PSEUDO_TRAIN = (PSEUDO,)
+        cfg.SOLVER.PSEUDO_IMS_PER_BATCH = self.cfg.SOLVER.PSEUDO_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
+        return cfg
+
+    def control_config(self, teacher: dict[str, Any]) -> CfgNode:
+        """The student's schedule without pseudo labels."""
+        cfg = self.teacher_config()
+        cfg.merge_from_list(list(cfg.SELFTRAIN.STUDENT))
+        cfg.MODEL.WEIGHTS = teacher["weights"]
+        return cfg
+
+    def config_of(self, stage: str) -> CfgNode:
+        """The config that a finished training stage was run with."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_file(str(self.output / stage / "config.yaml"))
+        cfg.MODEL.WEIGHTS = str(self.output / stage / "model_final.pth")
+        return cfg
+
+    def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:
+        """Train one stage, or take what it made before."""
+        cfg.OUTPUT_DIR = str(self.output / stage)
+        datasets = [human_labels(LABELED, self.data.labeled_json, self.data.labeled_images), *datasets]
+        if self.data.validation_json:
+            datasets.append(human_labels(VALIDATION, self.data.validation_json, self.data.validation_images))
+        settings = {
+            **_settings(cfg),
+            "weights_sha256": file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
+            "labeled_json_sha256": file_sha256(self.data.labeled_json),
+        }
+
+        def work() -> dict[str, Any]:
+            logger.info(f"Training {stage}: {cfg.SOLVER.MAX_ITER} steps ({cfg.OUTPUT_DIR}/log.txt)")
+            train(
+                cfg,
+                datasets,
+                resume=True,
+                allow_unsafe=self.allow_unsafe,
+                processes=self.processes,
+            )
+            return {
+                "weights": str(self.output / stage / "model_final.pth"),
+                "steps": cfg.SOLVER.MAX_ITER,
+                "human_images_per_step": cfg.SOLVER.IMS_PER_BATCH,
+                "pseudo_images_per_step": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
+                "config": str(self.output / stage / "config.yaml"),
+                "metrics": read_json(self.output / stage / RESULTS),
+            }
+
+        return _run_stage(self.output / stage, settings, work)
+
+    def label(self, stage: str, teacher: dict[str, Any]) -> dict[str, Any]:
+        """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
+        folder = self.output / stage
+        cfg = self.teacher_config()
+        cfg.MODEL.WEIGHTS = teacher["weights"]
+        logger.info(f"Labeling {self.data.unlabeled_images} with {teacher['weights']}")
+        names = list_images(self.data.unlabeled_images)
+        p = self.processes
+        launch(
+            _label,
+            p.num_gpus,
+            p.num_machines,
+            p.machine_rank,
+            p.dist_url,
+            args=(cfg, self.data.unlabeled_images, names, str(folder), self.score_floor),
+        )
+        manifest = read_manifest(folder)
+        threshold = self.cfg.SELFTRAIN.SCORE_THRESH
+        dicts = load_pseudo_labels(folder, threshold)
+        boxes = sum(len(d["annotations"]) for d in dicts)
+        if not boxes:
+            raise InputError(
+                f"No pseudo label of {folder} has a score of {threshold} or more, so the student would learn that "
+                "everything is background: train the teacher longer, or lower SELFTRAIN.SCORE_THRESH."
+            )
+        return {
+            "folder": str(folder),
+            "images": manifest["listed"],
+            "skipped": len(manifest["skipped"]),
+            "images_with_boxes": sum(bool(d["annotations"]) for d in dicts),
+            "boxes": boxes,
+            "boxes_above_floor": manifest["boxes"],
+            "seconds": manifest["seconds_of_last_run"],
+        }
+
+
+def _label(cfg: CfgNode, images: str, names: list[str], folder: str, score_floor: float) -> None:
+    generate_pseudo_labels(cfg, images, names, folder, score_floor=score_floor)
+
+
+def _run_stage(folder: Path, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do a stage's work once: a finished one is taken as it is, one of other settings is refused."""
+    file = folder / STAGE
+    record: dict[str, Any] = {"settings": settings, "seconds": 0.0, "result": None}
+    if file.exists():
+        record = read_json(file)
+        check_unchanged(folder, record["settings"], settings)
+        if record["result"] is not None:
+            logger.info(f"{folder} is finished already.")
+            return {**record["result"], "seconds": record["seconds"]}
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and has no {STAGE}: choose another output folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    start = time.perf_counter()
+    try:
+        record["result"] = work()
+    finally:  # the time of a run that was stopped counts as well
+        record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
+        write_json(file, record)
+    return {**record["result"], "seconds": record["seconds"]}
+
+
+def _settings(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Every config key that a run's result depends on, flat, as JSON reads it back."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        key = f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            flat.update(_settings(value, f"{key}."))
+        elif key not in _KEYS_WITHOUT_EFFECT:
+            flat[key] = json.loads(json.dumps(value))
+    return flat

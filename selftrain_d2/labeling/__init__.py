@@ -1,0 +1,1 @@
+"""The teacher at work, and how good its labels are."""

@@ -1,0 +1,266 @@
+"""Two pictures of pseudo labels: boxes on images side by side, and quality against the score threshold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
+
+from selftrain_d2.errors import InputError
+from selftrain_d2.labeling.quality import Annotations, BoxMatches, QualityRow, match_boxes
+
+# Okabe and Ito's palette, told apart with every kind of colour vision; the lighter half for dark photos.
+YELLOW, SKY_BLUE, VERMILION, WHITE = "#F0E442", "#56B4E9", "#E8601C", "#FFFFFF"
+BLUE, GREEN, ORANGE, GREY = "#0072B2", "#009E73", "#D55E00", "#666666"
+
+# Kinds of boxes: line style, and the legend's words.
+STYLES = {
+    "human": ({"color": YELLOW}, "human box"),
+    "plain": ({"color": SKY_BLUE}, "predicted box"),
+    "correct": ({"color": SKY_BLUE}, "correct (IoU at least 0.5)"),
+    "wrong": ({"color": VERMILION}, "wrong"),
+    "missed": ({"color": WHITE, "linestyle": (0, (2, 1.5))}, "missed"),
+    "ignored": ({"color": "#BBBBBB", "linestyle": (0, (1, 1))}, "ignored, not counted"),
+}
+
+INCHES = 6  # width of both pictures; what is measured in points keeps its size relative to it
+# In thousandths of the contact sheet's width: between tiles, above them, below them.
+GAP, HEADER, FOOTER = 8, 62, 46
+
+
+def contact_sheet(
+    path: str | os.PathLike,
+    images: Sequence[str | os.PathLike | np.ndarray],
+    predictions: Sequence[tuple[str, Sequence[Annotations]]],
+    truth: Sequence[Annotations] | None = None,
+    *,
+    truth_title: str = "Human boxes",
+    class_names: Sequence[str] | None = None,
+    width: int = 1200,
+) -> None:
+    """Draw images in rows: the human boxes, then one column for each source of predicted boxes.
+
+    With ``truth`` every predicted box is coloured by whether it is right (matched at IoU 0.5 as in
+    ``quality.match_boxes``), and what it missed is dashed.
+
+    Args:
+        path: picture to write; its suffix (``.png``, ``.jpg``) gives the format.
+        images: files, or arrays ``(H, W, 3)`` uint8 RGB; one a row.
+        predictions: columns: a title and the boxes of every image, as detectron2 annotations with ``score``.
+        truth: human boxes of every image, in the same form; ``iscrowd`` marks what does not count.
+        class_names: by contiguous category id: written beside the score if there are several classes.
+        width: of the picture, in pixels.
+
+    Raises:
+        InputError: no image, or a column with more or fewer box lists than images.
+    """
+    columns = [(truth_title, truth)] if truth is not None else []
+    columns += predictions
+    for title, boxes in columns:
+        if len(boxes) != len(images):
+            raise InputError(
+                f"Column {title!r} has boxes for {len(boxes)} images, but {len(images)} are shown."
+            )
+    if not images or not columns:
+        raise InputError("A contact sheet needs at least one image and one column of boxes.")
+
+    gap, header, footer = (round(length * width / 1000) for length in (GAP, HEADER, FOOTER))
+    cell = (width - gap * (len(columns) + 1)) // len(columns)
+    pictures = [image if isinstance(image, np.ndarray) else read_image(image, "RGB") for image in images]
+    scales = [cell / picture.shape[1] for picture in pictures]
+    heights = [round(picture.shape[0] * scale) for picture, scale in zip(pictures, scales)]
+    total = header + footer + sum(heights) + gap * (len(heights) - 1)
+    dpi = width / INCHES
+    figure = Figure((INCHES, total / dpi), dpi=dpi, facecolor="white")
+
+    used: set[str] = set()
+    for column, (title, boxes) in enumerate(columns):
+        left, top = gap + column * (cell + gap), header
+        matches = match_boxes(boxes, truth) if truth is not None and boxes is not truth else None
+        center = (left + cell / 2) / width
+        figure.text(center, 1 - 0.36 * header / total, title, size=8, weight="bold", ha="center", va="center")
+        counts = _counts(boxes, matches)
+        figure.text(center, 1 - 0.74 * header / total, counts, size=6.2, color=GREY, ha="center", va="center")
+        kinds = _kinds(boxes, truth, matches)
+        for row, (picture, height) in enumerate(zip(pictures, heights)):
+            rectangle = (left / width, 1 - (top + height) / total, cell / width, height / total)
+            axes = figure.add_axes(rectangle, xlim=(0, cell), ylim=(height, 0), xticks=[], yticks=[])
+            enlarged = cv2.resize(picture, (cell, height), interpolation=cv2.INTER_CUBIC)
+            axes.imshow(enlarged, extent=(0, cell, height, 0), interpolation="nearest", aspect="auto")
+            axes.spines[:].set_visible(False)
+            for annotation, kind in kinds[row]:
+                _draw_box(axes, annotation, kind, scales[row], class_names)
+                used.add(kind)
+            top += height + gap
+    _write_legend(figure, [kind for kind in STYLES if kind in used])
+    _save(figure, path)
+
+
+def _kinds(
+    boxes: Sequence[Annotations], truth: Sequence[Annotations] | None, matches: BoxMatches | None
+) -> list[list[tuple[Mapping[str, Any], str]]]:
+    """Per image: what to draw, in drawing order, each annotation with a key of ``STYLES``."""
+    if matches is None:
+        kind = "human" if boxes is truth else "plain"
+        return [[(a, "ignored" if a.get("iscrowd") else kind) for a in image] for image in boxes]
+    outcomes = np.where(matches.correct, "correct", np.where(matches.ignored, "ignored", "wrong"))
+    outcome = iter(outcomes.tolist())
+    missed = iter((~matches.truth_found & ~matches.truth_ignored).tolist())
+    return [
+        [(a, "missed") for a in true if next(missed)] + [(a, next(outcome)) for a in predicted]
+        for predicted, true in zip(boxes, truth)
+    ]
+
+
+def _counts(boxes: Sequence[Annotations], matches: BoxMatches | None) -> str:
+    if matches is None:
+        total = sum(not a.get("iscrowd") for image in boxes for a in image)
+        return f"{total} box" if total == 1 else f"{total} boxes"
+    wrong = int((~matches.correct & ~matches.ignored).sum())
+    return f"{int(matches.correct.sum())} of {int((~matches.truth_ignored).sum())} found, {wrong} wrong"
+
+
+def _draw_box(
+    axes: Axes,
+    annotation: Mapping[str, Any],
+    kind: str,
+    scale: float,
+    class_names: Sequence[str] | None,
+) -> None:
+    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    left, top, right, bottom = (scale * side for side in box)
+    style = STYLES[kind][0]
+    # A thin dark rim keeps the line visible on bright ground.
+    rim = [Stroke(linewidth=1.7, foreground="black", alpha=0.55), Normal()]
+    axes.add_patch(
+        Rectangle(
+            (left, top), right - left, bottom - top, fill=False, linewidth=0.9, path_effects=rim, **style
+        )
+    )
+    if "score" not in annotation or kind == "ignored":
+        return
+    label = f"{annotation['score']:.2f}".removeprefix("0")
+    if class_names is not None and len(class_names) > 1:
+        label = f"{class_names[annotation['category_id']]} {label}"
+    axes.text(
+        # Inside the picture, also for a box that reaches out of it.
+        max(left, 0) + 1,
+        max(top, 0) + 1,
+        label,
+        fontsize=4.6,
+        va="top",
+        clip_on=True,
+        bbox={"facecolor": style["color"], "edgecolor": "none", "pad": 0.5, "alpha": 0.85},
+    )
+
+
+def _write_legend(figure: Figure, kinds: Sequence[str]) -> None:
+    handles = [
+        Line2D(
+            [],
+            [],
+            linewidth=1.6,
+            path_effects=[Stroke(linewidth=2.4, foreground="#444444"), Normal()],
+            **style,
+        )
+        for style, _ in (STYLES[kind] for kind in kinds)
+    ]
+    figure.legend(
+        handles,
+        [STYLES[kind][1] for kind in kinds],
+        loc="lower center",
+        ncols=max(1, len(kinds)),
+        fontsize=6.2,
+        frameon=False,
+        borderaxespad=0.6,
+        handlelength=2.4,
+        columnspacing=2.0,
+    )
+
+
+def precision_recall_plot(
+    rows: Sequence[QualityRow], path: str | os.PathLike, *, score_thresh: float = 0.5
+) -> None:
+    """Draw precision, recall and F1 of all classes together, and the number of boxes, against the threshold.
+
+    Args:
+        rows: from ``quality.precision_recall_by_threshold``; rows of single classes are left out.
+        path: picture to write; its suffix gives the format.
+        score_thresh: the threshold that training uses, drawn as a vertical line.
+
+    Raises:
+        InputError: no row is of all classes together.
+    """
+    rows = sorted((row for row in rows if row.category is None), key=lambda row: row.threshold)
+    if not rows:
+        raise InputError("There is nothing to plot: no row counts all classes together.")
+    thresholds = [row.threshold for row in rows]
+    figure = Figure((INCHES, 4), dpi=200, facecolor="white", layout="constrained")
+    ratios, counts = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+
+    curves = {
+        "Precision": (BLUE, "o", [row.precision for row in rows]),
+        "Recall": (ORANGE, "s", [row.recall for row in rows]),
+        "F1": (GREEN, "^", [row.f1 for row in rows]),
+    }
+    for name, (color, marker, values) in curves.items():
+        known = [np.nan if value is None else value for value in values]
+        ratios.plot(thresholds, known, color=color, marker=marker, markersize=3, linewidth=1.3, label=name)
+    ratios.set(ylim=(-0.02, 1.02), ylabel="Precision, recall, F1")
+
+    counts.plot(
+        thresholds, [row.boxes for row in rows], color="#333333", marker="D", markersize=2.6, linewidth=1.3
+    )
+    counts.axhline(rows[0].truth, color=GREY, linewidth=0.9, linestyle=(0, (4, 2)))
+    counts.annotate(
+        f"{rows[0].truth} human boxes",
+        (1, rows[0].truth),
+        xycoords=("axes fraction", "data"),
+        xytext=(-3, 2.5),
+        textcoords="offset points",
+        fontsize=6.5,
+        color=GREY,
+        ha="right",
+        va="bottom",
+    )
+    highest = max(rows[0].truth, *(row.boxes for row in rows), 1)
+    counts.set(ylim=(0, 1.18 * highest), ylabel="Boxes", xlabel="Score threshold")
+
+    for axes in (ratios, counts):
+        training = f"used for training: {score_thresh:g}"
+        axes.axvline(
+            score_thresh, color="black", linewidth=0.9, linestyle=(0, (1, 1.5)), label=training, zorder=0
+        )
+        axes.grid(color="#E4E4E4", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=7, length=2.5)
+        axes.xaxis.label.set_size(8)
+        axes.yaxis.label.set_size(8)
+        axes.spines[["top", "right"]].set_visible(False)
+    ratios.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=7.5, frameon=False, handlelength=2.5
+    )
+    figure.align_ylabels()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write the picture beside its place, then rename: it is never seen half-written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary, dpi="figure")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

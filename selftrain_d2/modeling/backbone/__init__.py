@@ -1,0 +1,21 @@
+"""EfficientNet backbones. Importing this package registers them with detectron2."""
+
+from selftrain_d2.modeling.backbone.efficientnet import (
+    EFFICIENTNET_NAMES,
+    EfficientNet,
+    build_efficientnet_backbone,
+)
+from selftrain_d2.modeling.backbone.fpn import (
+    build_efficientnet_fpn_backbone,
+    build_retinanet_efficientnet_fpn_backbone,
+)
+from selftrain_d2.modeling.backbone.norm import batch_norm_builder
+
+__all__ = [
+    "EFFICIENTNET_NAMES",
+    "EfficientNet",
+    "batch_norm_builder",
+    "build_efficientnet_backbone",
+    "build_efficientnet_fpn_backbone",
+    "build_retinanet_efficientnet_fpn_backbone",
+]

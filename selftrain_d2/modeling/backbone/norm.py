@@ -1,0 +1,39 @@
+"""Batch norm of the kinds BN, SyncBN and FrozenBN, on any device and number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.utils import comm
+from torch import nn
+
+from selftrain_d2.errors import InputError
+
+NORM_KINDS = ("BN", "SyncBN", "FrozenBN")
+
+
+def batch_norm_builder(
+    kind: str, *, device: str, eps: float = 1e-5, momentum: float = 0.1
+) -> Callable[[int], nn.Module]:
+    """A function from a number of channels to a norm layer; fits ``detectron2.layers.get_norm``.
+
+    Args:
+        kind: "BN"; "SyncBN", statistics over the images of all processes, which in one process is BN;
+            "FrozenBN", statistics and affine parameters fixed.
+        device: where the model trains (MODEL.DEVICE). ``nn.SyncBatchNorm`` refuses CPU tensors in training,
+            so SyncBN of several CPU processes is detectron2's ``NaiveSyncBatchNorm``.
+        eps: added to the variance.
+        momentum: weight of the new statistics in the running ones (PyTorch's convention, 1 - TensorFlow's).
+
+    Raises:
+        InputError: unknown kind.
+    """
+    if kind not in NORM_KINDS:
+        raise InputError(f"Unknown batch norm {kind!r}: use one of {', '.join(NORM_KINDS)}.")
+    if kind == "FrozenBN":
+        return lambda channels: FrozenBatchNorm2d(channels, eps=eps)
+    layer = BatchNorm2d
+    if kind == "SyncBN" and comm.get_world_size() > 1:
+        layer = nn.SyncBatchNorm if device.startswith("cuda") else NaiveSyncBatchNorm
+    return lambda channels: layer(channels, eps=eps, momentum=momentum)

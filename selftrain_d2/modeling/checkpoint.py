@@ -1,0 +1,230 @@
+"""Loading weights into a model: safely, completely, and with the input statistics they were made for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
+from torch import nn
+
+from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
+from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, state_dict_of
+
+__all__ = [
+    "LoadReport",
+    "SafeDetectionCheckpointer",
+    "check_input_statistics",
+    "file_sha256",
+    "load_weights",
+]
+
+logger = logging.getLogger(__name__)
+
+_INPUT_KEYS = {"format", "pixel_mean", "pixel_std"}
+
+
+@dataclass
+class LoadReport:
+    """What a checkpoint and a model had in common. Names are those of state dicts.
+
+    Attributes:
+        matched: tensors of the model that the file filled.
+        missing: tensors of the model that keep their values. (Statistics that older files lack and PyTorch
+            knows defaults for are neither matched nor missing.)
+        unexpected: tensors of the file that the model has no use for.
+        incorrect_shapes: (name, shape in the file, shape in the model); also in ``missing``.
+        input: input statistics that came with the file (see :func:`check_input_statistics`), or None.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    input: dict[str, Any] | None = None
+
+
+class SafeDetectionCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer for files from anywhere.
+
+    It does all that its base does (model zoo names and formats, resuming with optimizer, scheduler and
+    hooks), and besides
+
+    * runs no code from a file unless told to,
+    * reads ``.safetensors``, and EfficientNet weights under efficientnet-pytorch's own names
+      (``_blocks.7._expand_conv.weight``) behind any prefix,
+    * refuses files that leave a part of the backbone at its initial values. Heads may differ, as in
+      fine-tuning to other classes: that is only logged.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, allow_unsafe: bool = False, **kwargs: Any):
+        """
+        Args:
+            model, save_dir, kwargs: of ``DetectionCheckpointer``.
+            allow_unsafe: unpickle files that can run any code. Only for trusted sources.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.allow_unsafe = allow_unsafe
+        # Of the last successful load.
+        self.report: LoadReport | None = None
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint. An empty path loads nothing.
+
+        Raises:
+            InputError: the file is missing, damaged, not safe to read, or does not fit the model. The model
+                may be partly loaded then.
+        """
+        if path:
+            self._require_file(path)
+        self._path = path
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # the base forgets this after an exception
+
+    def _require_file(self, path: str) -> None:
+        name = urlparse(path)._replace(query="").geturl()
+        try:
+            local = self.path_manager.get_local_path(name)
+            found = self.path_manager.isfile(local)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise InputError(f"Weights {path} cannot be fetched ({error}): check MODEL.WEIGHTS.") from error
+        if not found:
+            raise InputError(f"Weights {path} do not exist: check MODEL.WEIGHTS.")
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith((".safetensors", ".pyth")):  # .pyth: pycls
+            state = state_dict_of(read_checkpoint(filename, self.allow_unsafe), self._path)
+            return {"model": state, "matching_heuristics": filename.endswith(".pyth")}
+        # The base knows the many layouts of .pkl but unpickles anything: read it safely before.
+        if filename.endswith(".pkl") and not isinstance(read_checkpoint(filename, self.allow_unsafe), dict):
+            raise InputError(f"Weights {self._path} hold no named tensors: give a file of model weights.")
+        loaded = super()._load_file(filename)
+        loaded["model"] = state_dict_of(loaded, self._path)
+        return loaded
+
+    def _torch_load(self, filename: str) -> dict[str, Any]:
+        loaded = read_checkpoint(filename, self.allow_unsafe)
+        state = state_dict_of(loaded, self._path)
+        return {**loaded, "model": state} if "model" in loaded else {"model": state}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        state = _with_model_prefix(checkpoint["model"], self.model)
+        if state is checkpoint["model"] and checkpoint.get("matching_heuristics", False):
+            caffe2 = checkpoint.get("__author__") == "Caffe2"
+            state = align_and_update_state_dicts(self.model.state_dict(), state, c2_conversion=caffe2)
+        checkpoint.update(model=state, matching_heuristics=False)
+        # In place, the base drops a prefix "module." and tensors of other shapes from the state dict.
+        incompatible = super()._load_model(checkpoint)
+        self.report = LoadReport(
+            matched=[name for name in self.model.state_dict() if name in state],
+            missing=list(incompatible.missing_keys),
+            unexpected=list(incompatible.unexpected_keys),
+            incorrect_shapes=list(incompatible.incorrect_shapes),
+            input=checkpoint.get("input"),
+        )
+        _require_fit(self.model, self.report, self._path)
+        return incompatible
+
+
+def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> LoadReport:
+    """Load weights for inference or as a starting point: nothing but the model's tensors.
+
+    Args:
+        model: a detector, or a backbone alone.
+        path: local file, URL, or ``detectron2://`` name.
+        allow_unsafe: see :class:`SafeDetectionCheckpointer`.
+
+    Raises:
+        InputError: see :meth:`SafeDetectionCheckpointer.load`; also an empty path.
+    """
+    if not path:
+        raise InputError("MODEL.WEIGHTS is empty: give a file of weights.")
+    checkpointer = SafeDetectionCheckpointer(model, allow_unsafe=allow_unsafe)
+    checkpointer.load(path, checkpointables=[])
+    return checkpointer.report
+
+
+def check_input_statistics(checkpoint_input: Mapping[str, Any] | None, cfg: CfgNode) -> str | None:
+    """Compare the input that weights were trained with to the one that the config gives them.
+
+    Args:
+        checkpoint_input: ``format`` ("RGB" or "BGR"), ``pixel_mean`` and ``pixel_std`` (per channel in that
+            order, for pixels in 0-255): entry ``input`` of a file of ``convert_weights.py``. None: unknown.
+        cfg: INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are looked at.
+
+    Returns:
+        The warning that was logged, with the right values; None if all is well or unknown.
+    """
+    if not isinstance(checkpoint_input, Mapping) or not checkpoint_input.keys() >= _INPUT_KEYS:
+        return None
+    wanted = (checkpoint_input["format"], checkpoint_input["pixel_mean"], checkpoint_input["pixel_std"])
+    given = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    # One grey level: 127 and 127.5 are both in use for the same weights.
+    if wanted[0] == given[0] and all(
+        len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1.0) for a, b in zip(wanted[1:], given[1:])
+    ):
+        return None
+    message = (
+        "The weights were trained with another input than the config gives them; set "
+        "INPUT.FORMAT {} MODEL.PIXEL_MEAN {} MODEL.PIXEL_STD {} (now {}, {}, {})."
+    ).format(*(list(v) if not isinstance(v, str) else v for v in (*wanted, *given)))
+    logger.warning(message)
+    return message
+
+
+def _with_model_prefix(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """EfficientNet weights under the names they have in this model; ``state`` itself if all is well."""
+    stem = "_conv_stem.weight"
+    source = next((name[: -len(stem)] for name in state if name.endswith(stem)), None)
+    modules = model.named_modules()
+    target = next((f"{name}." if name else "" for name, m in modules if isinstance(m, EfficientNet)), None)
+    if source is None or target is None or source == target:
+        return state
+    classifier = tuple(source + name for name in ("_conv_head.", "_bn1.", "_fc."))
+    return {
+        target + name[len(source) :] if name.startswith(source) else name: value
+        for name, value in state.items()
+        if not name.startswith(classifier)
+    }
+
+
+def _require_fit(model: nn.Module, report: LoadReport, path: str) -> None:
+    """All of the backbone, or of whatever model it is at least something, must have been filled."""
+    if not report.matched:
+        raise InputError(
+            f"Weights {path} fit nothing in the model ({len(report.unexpected)} tensors, none of the model's "
+            f"{len(report.missing)}): check MODEL.WEIGHTS, or convert them with tools/convert_weights.py."
+        )
+    prefix = _backbone_prefix(model)
+    if prefix is None:
+        return
+    names = [n for n in model.state_dict() if n.startswith(prefix) and not n.endswith("num_batches_tracked")]
+    missing = set(report.missing)
+    absent = [name for name in names if name in missing]
+    if absent:
+        examples = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "")
+        raise InputError(
+            f"Weights {path} fill only {len(names) - len(absent)} of the backbone's {len(names)} tensors "
+            f"(absent or of another shape: {examples}): give weights of the same backbone "
+            "(MODEL.EFFICIENTNET.NAME, MODEL.RESNETS.DEPTH), or convert them with tools/convert_weights.py."
+        )
+
+
+def _backbone_prefix(model: nn.Module) -> str | None:
+    """Prefix of the pre-trainable part: without the pyramid that FPN (bottom_up) or ViTDet (net) add."""
+    if isinstance(model, EfficientNet):
+        return ""
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        return None
+    inner = next((name for name in ("bottom_up", "net") if hasattr(backbone, name)), None)
+    return f"backbone.{inner}." if inner else "backbone."

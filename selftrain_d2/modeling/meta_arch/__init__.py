@@ -1,0 +1,5 @@
+"""Meta architectures that keep the losses of human and pseudo labels apart."""
+
+from selftrain_d2.modeling.meta_arch.retinanet import SelfTrainingRetinaNet
+
+__all__ = ["SelfTrainingRetinaNet"]

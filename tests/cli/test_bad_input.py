@@ -1,0 +1,183 @@
+"""A user's mistakes: one sentence on standard error, exit status 2, nothing half-written."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, make_coco_set
+
+from selftrain_d2.cli import main
+from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
+
+CONFIG = "Base-RetinaNet-EfficientNet-FPN.yaml"
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_coco_set(tmp_path / "labeled", 3, seed=1), make_coco_set(tmp_path / "unlabeled", 3, seed=2)
+
+
+def _self_train(data, tmp_path, *options, **paths):
+    labeled, unlabeled = data
+    arguments = {
+        "--config-file": CONFIG,
+        "--labeled-json": labeled.json_file,
+        "--labeled-images": labeled.images,
+        "--unlabeled-images": unlabeled.images,
+        "--output": str(tmp_path / "output"),
+    }
+    arguments.update({f"--{key.replace('_', '-')}": str(value) for key, value in paths.items()})
+    words = [word for pair in arguments.items() for word in pair]
+    return ["self-train", *words, *SMALL_MODEL, "SOLVER.MAX_ITER", "1", *options]
+
+
+def _refused(command, capsys, *fragments, output=None):
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    for fragment in fragments:
+        assert fragment in error[0]
+    if output is not None:
+        assert not output.exists()
+
+
+def test_missing_and_empty_paths(data, tmp_path, capsys):
+    output = tmp_path / "output"
+    _refused(
+        _self_train(data, tmp_path, config_file="no.yaml"),
+        capsys,
+        "no.yaml does not exist",
+        CONFIG,
+        output=output,
+    )
+    _refused(
+        _self_train(data, tmp_path, labeled_json="no.json"), capsys, "no.json does not exist", output=output
+    )
+    _refused(
+        _self_train(data, tmp_path, labeled_images="/no"), capsys, "/no", "does not exist", output=output
+    )
+    (tmp_path / "empty").mkdir()
+    _refused(
+        _self_train(data, tmp_path, unlabeled_images=tmp_path / "empty"),
+        capsys,
+        "holds no image",
+        output=output,
+    )
+    _refused(
+        _self_train(data, tmp_path, val_json=data[0].json_file), capsys, "belong together", output=output
+    )
+
+
+def test_coco_faults_reach_the_user(data, tmp_path, capsys):
+    content = data[0].content
+    content["annotations"][0]["bbox"] = [0, 0, 500, 5]
+    with open(data[0].json_file, "w") as file:
+        json.dump(content, file)
+    _refused(
+        _self_train(data, tmp_path),
+        capsys,
+        "pixels outside its image",
+        data[0].json_file,
+        output=tmp_path / "output",
+    )
+
+
+def test_other_classes_in_validation(data, tmp_path, capsys):
+    content = data[1].content
+    content["categories"][0]["name"] = "blue"
+    with open(data[1].json_file, "w") as file:
+        json.dump(content, file)
+    command = _self_train(data, tmp_path, val_json=data[1].json_file, val_images=data[1].images)
+    _refused(command, capsys, "other classes", "blue", "red", output=tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["INPUT.AUGMENTATION.POLICY", "S9"], ["S9", "S1", "S4"]),
+        (["SOLVER.NO_SUCH_KEY", "1"], ["SOLVER.NO_SUCH_KEY"]),
+        (["SOLVER.MAX_ITER"], ["pairs", "SOLVER.MAX_ITER"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER"]),
+        (["--rounds", "2"], ["--rounds", "before"]),
+    ],
+)
+def test_config_keys(data, tmp_path, capsys, options, fragments):
+    _refused(_self_train(data, tmp_path, *options), capsys, *fragments, output=tmp_path / "output")
+
+
+def test_config_file_that_would_run_code(data, tmp_path, capsys):
+    witness = tmp_path / "witness"
+    config = tmp_path / "evil.yaml"
+    config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{witness}']\n")
+    _refused(_self_train(data, tmp_path, config_file=config), capsys, "Python tag", "--allow-unsafe")
+    assert not witness.exists()
+
+
+def test_config_file_that_is_not_yaml_or_has_unknown_keys(data, tmp_path, capsys):
+    config = tmp_path / "bad.yaml"
+    config.write_text("MODEL: [1, 2\n")
+    _refused(_self_train(data, tmp_path, config_file=config), capsys, "bad.yaml", "not valid YAML")
+    config.write_text("VERSION: 2\nMODEL:\n  NO_SUCH_KEY: 1\n")
+    _refused(_self_train(data, tmp_path, config_file=config), capsys, "bad.yaml", "NO_SUCH_KEY")
+
+
+def test_weights(data, tmp_path, capsys):
+    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", "no.pth"), capsys, "no.pth")
+    stranger = tmp_path / "stranger.pth"
+    torch.save({"model": {"layer.weight": torch.zeros(3)}}, stranger)
+    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(stranger)), capsys, "stranger.pth")
+
+
+class _Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth"])
+def test_weights_that_would_run_code(data, tmp_path, capsys, name):
+    witness = tmp_path / "witness"
+    file = tmp_path / name
+    file.write_bytes(pickle.dumps({"model": _Evil(str(witness))}))
+    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(file)), capsys, name, "--allow-unsafe")
+    assert not witness.exists()
+
+
+def test_pseudo_labels_of_other_classes(data, tmp_path, capsys):
+    labeled, unlabeled = data
+    identity = {"thing_classes": ["cat", "dog"], "score_floor": 0.05, "image_root": unlabeled.images}
+    writer = PseudoLabelWriter(tmp_path / "pseudo", identity, ["001.png"])
+    writer.write_shard(0, [make_row("001.png", 96, 96)])
+    writer.finish()
+    command = [
+        "train", "--config-file", CONFIG, "--human-labels", "human", labeled.json_file, labeled.images,
+        "--pseudo-labels", "pseudo", str(tmp_path / "pseudo"), *SMALL_MODEL,
+        "DATASETS.TRAIN", "('human',)", "DATASETS.PSEUDO_TRAIN", "('pseudo',)", "DATASETS.TEST", "()",
+        "SOLVER.PSEUDO_IMS_PER_BATCH", "1", "OUTPUT_DIR", str(tmp_path / "output"),
+    ]  # fmt: skip
+    _refused(command, capsys, "'pseudo' has other classes", "cat", "red")
+
+
+def test_number_of_classes(data, tmp_path, capsys):
+    labeled, _ = data
+    command = [
+        "train", "--config-file", CONFIG, "--human-labels", "human", labeled.json_file, labeled.images, *SMALL_MODEL,
+        "DATASETS.TRAIN", "('human',)", "DATASETS.TEST", "()", "MODEL.RETINANET.NUM_CLASSES", "5",
+        "OUTPUT_DIR", str(tmp_path / "output"),
+    ]  # fmt: skip
+    _refused(command, capsys, "MODEL.RETINANET.NUM_CLASSES is 5", "2 classes")
+
+
+def test_labeling_without_weights_or_images(data, tmp_path, capsys):
+    command = ["label", "--config-file", CONFIG, "--output", str(tmp_path / "out")]
+    images = ["--images", data[1].images]
+    _refused([*command, *images, *SMALL_MODEL], capsys, "MODEL.WEIGHTS is empty", output=tmp_path / "out")
+    _refused(
+        [*command, "--images", "/no", *SMALL_MODEL], capsys, "/no does not exist", output=tmp_path / "out"
+    )
+    _refused([*command, "--dataset", "nobody", *SMALL_MODEL], capsys, "'nobody'", output=tmp_path / "out")

@@ -1,0 +1,195 @@
+"""S1 to S4 as assembled from a config, alone and in detectron2's own mapper."""
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+
+from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations
+from selftrain_d2.data.augmentation.jitter import FitLongerSide, ScaleJitterCrop
+from selftrain_d2.data.augmentation.policies import AUTOAUGMENT_POLICIES, AutoAugment, RandAugment
+from selftrain_d2.errors import InputError
+
+
+def make_config(**augmentation):
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    for key, value in augmentation.items():
+        setattr(cfg.INPUT.AUGMENTATION, key, value)
+    return cfg
+
+
+def random_boxes(rng, number, height, width):
+    corners = np.sort(rng.uniform(0, 1, (number, 2, 2)), axis=1) * (width, height)
+    return corners.reshape(-1, 4)
+
+
+@pytest.mark.parametrize(
+    "name, kinds, jitter",
+    [
+        ("S1", [T.RandomFlip, ScaleJitterCrop], (0.8, 1.2)),
+        ("S2", [AutoAugment, T.RandomFlip, ScaleJitterCrop], (0.8, 1.2)),
+        ("S3", [AutoAugment, T.RandomFlip, ScaleJitterCrop], (0.5, 2.0)),
+        ("S4", [RandAugment, T.RandomFlip, ScaleJitterCrop], (0.5, 2.0)),
+    ],
+)
+def test_the_policies_of_table_1(name, kinds, jitter):
+    cfg = make_config(POLICY=name)
+    augmentations = build_augmentations(cfg, is_train=True)
+    assert [type(a) for a in augmentations] == kinds
+    assert augmentations[-2].prob == 0.5
+    assert augmentations[-1].scale_range == jitter and augmentations[-1].size == 640
+    assert augmentations[-1].pad_value == tuple(cfg.MODEL.PIXEL_MEAN)
+    (test_time,) = build_augmentations(cfg, is_train=False)
+    assert isinstance(test_time, FitLongerSide) and test_time.size == 640
+
+
+def test_config_keys():
+    cfg = make_config(
+        POLICY="S4",
+        IMAGE_SIZE=96,
+        SCALE_RANGE=(0.1, 1.9),
+        RANDAUGMENT_LAYERS=2,
+        RANDAUGMENT_MAGNITUDE=15.0,
+        MIN_BOX_AREA_FRACTION=0.3,
+        SCALE_PIXEL_LENGTHS=False,
+    )
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 200
+    rand, _, crop = build_augmentations(cfg, True)
+    assert (rand.layers, rand.magnitude) == (2, 15.0)
+    assert rand.settings.image_format == "RGB" and not rand.settings.scale_lengths
+    assert rand.settings.min_area_fraction == crop.min_area_fraction == 0.3
+    assert rand.settings.ignore_label == crop.ignore_label == 200
+    assert crop.size == 96 and crop.scale_range == (0.1, 1.9)
+    for version in ("v0", "v1"):
+        auto = build_augmentations(make_config(POLICY="S2", AUTOAUGMENT=version), True)[0]
+        assert auto.policy == AUTOAUGMENT_POLICIES[version]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"POLICY": "S5"}, r"POLICY is 'S5', which is not registered; known are .*S1, S2, S3, S4"),
+        ({"POLICY": "S2", "AUTOAUGMENT": "v7"}, r"AUTOAUGMENT is 'v7'; known are v0, v1"),
+        ({"SCALE_RANGE": (2.0, 0.5)}, r"SCALE_RANGE \(2.0, 0.5\)"),
+        ({"IMAGE_SIZE": 0}, r"IMAGE_SIZE 0"),
+        ({"MIN_BOX_AREA_FRACTION": 10.0}, r"MIN_BOX_AREA_FRACTION is 10.0"),
+        ({"POLICY": "S4", "RANDAUGMENT_MAGNITUDE": -1.0}, r"level -1.0"),
+    ],
+)
+def test_mistakes(changes, message):
+    with pytest.raises(InputError, match=message):
+        build_augmentations(make_config(**changes), is_train=True)
+
+
+def test_unknown_image_format():
+    cfg = make_config()
+    cfg.INPUT.FORMAT = "YUV-BT.601"
+    with pytest.raises(InputError, match=r"INPUT\.FORMAT is 'YUV-BT\.601'"):
+        build_augmentations(cfg, True)
+
+
+def test_a_policy_of_ones_own():
+    @AUGMENTATION_REGISTRY.register()
+    def GreyS1(cfg, is_train):
+        grey = [T.RandomSaturation(0, 0)] if is_train else []
+        return grey + AUGMENTATION_REGISTRY.get("S1")(cfg, is_train)
+
+    try:
+        augmentations = build_augmentations(make_config(POLICY="GreyS1", IMAGE_SIZE=32), True)
+        sample = T.AugInput(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        T.AugmentationList(augmentations)(sample)
+        assert sample.image.shape == (32, 32, 3)
+        inside = sample.image[:20, :20].astype(int)
+        assert np.ptp(inside, axis=2).max() <= 1
+    finally:
+        AUGMENTATION_REGISTRY._obj_map.pop("GreyS1")
+
+
+@pytest.mark.parametrize(
+    "policy, version, number", [("S4", "v0", 5000), ("S3", "v1", 1500), ("S2", "v0", 500)]
+)
+def test_a_whole_chain_keeps_boxes_inside_and_masks_with_them(policy, version, number):
+    """Any image size, any boxes: nothing is NaN, negative or outside, and no pixel leaves its label."""
+    size = 48
+    cfg = make_config(
+        POLICY=policy, AUTOAUGMENT=version, IMAGE_SIZE=size, RANDAUGMENT_LAYERS=2, MIN_BOX_AREA_FRACTION=0.0
+    )
+    chain = T.AugmentationList(build_augmentations(cfg, True))
+    rng = np.random.default_rng(0)
+    np.random.seed(0)
+    for draw in range(number):
+        height, width = rng.integers(1, 70, 2)
+        boxes = random_boxes(rng, draw % 4, height, width)
+        if draw % 4:
+            x0, y0, x1, y1 = boxes[0] = np.rint(boxes[0])
+        image = np.full((height, width, 3), 77, np.uint8)
+        labels = np.zeros((height, width), np.uint8)
+        sample = T.AugInput(image, boxes=boxes.copy(), sem_seg=labels)
+        transforms = chain(sample)
+        assert sample.image.shape == (size, size, 3) and sample.image.dtype == np.uint8
+        assert sample.boxes.shape == boxes.shape and np.isfinite(sample.boxes).all()
+        assert (sample.boxes >= 0).all() and (sample.boxes <= size).all()
+        assert (sample.boxes[:, :2] <= sample.boxes[:, 2:]).all()
+        assert set(np.unique(sample.sem_seg)) <= {0, 255}
+        if draw % 4 and not any(type(t).__name__ == "BoxOnlyTransform" for t in transforms.transforms):
+            mask = np.zeros((height, width), bool)
+            mask[int(y0) : int(y1), int(x0) : int(x1)] = True
+            moved = transforms.apply_segmentation(mask)
+            if moved.any():
+                rows, columns = np.flatnonzero(moved.any(1)), np.flatnonzero(moved.any(0))
+                found = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+                # Nearest neighbours are off by half a pixel of the source.
+                slack = 2 + max(transforms.transforms[-1].scale)
+                assert (sample.boxes[0, :2] <= found[:2] + slack).all()
+                assert (sample.boxes[0, 2:] >= found[2:] - slack).all()
+                assert (moved & (sample.sem_seg == 255)).sum() == 0
+
+
+@pytest.mark.parametrize("policy", ["S1", "S2", "S3", "S4"])
+def test_in_detectron2s_own_mapper(policy, tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    square = [10.0, 10, 50, 10, 50, 50, 10, 50]
+    record = {
+        "file_name": str(tmp_path / "a.png"),
+        "height": 60,
+        "width": 80,
+        "annotations": [
+            {
+                "bbox": [10, 10, 40, 40],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": 1,
+                "segmentation": [square],
+                "keypoints": [20.0, 20, 2, 60, 55, 2],
+            }
+        ],
+    }
+    cfg = make_config(POLICY=policy, IMAGE_SIZE=64)
+    mapper = DatasetMapper(
+        True,
+        augmentations=build_augmentations(cfg, True),
+        image_format="BGR",
+        use_instance_mask=True,
+        use_keypoint=True,
+        keypoint_hflip_indices=np.array([1, 0]),
+    )
+    np.random.seed(0)
+    kept = 0
+    for _ in range(40):
+        sample = mapper(record)
+        assert sample["image"].shape == (3, 64, 64)
+        instances = sample["instances"]
+        kept += len(instances)
+        boxes = instances.gt_boxes.tensor.numpy()
+        assert (boxes >= 0).all() and (boxes <= 64).all()
+        if len(instances):
+            hull = instances.gt_masks.get_bounding_boxes().tensor.numpy()
+            assert (hull[:, :2] >= boxes[:, :2] - 1e-3).all() and (hull[:, 2:] <= boxes[:, 2:] + 1e-3).all()
+    assert kept > 20

@@ -1,0 +1,179 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+
+from selftrain_d2 import InputError, build_selftrain_train_loader
+from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
+from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset
+from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
+
+H, P = 6, 10
+
+
+def _dicts(source, number):
+    return [
+        {"name": f"{source}{i}", "width": 10 + i % 2 * 20, "height": 20, "label_source": source}
+        for i in range(number)
+    ]
+
+
+def _random_mapper(d):
+    return {**d, "random": np.random.rand(), "torch_free": int(np.random.randint(1 << 30))}
+
+
+def _loader(human_batch_size=2, pseudo_batch_size=3, seed=7, **arguments):
+    return build_selftrain_train_loader(
+        human_dicts=_dicts("human", H),
+        pseudo_dicts=_dicts("pseudo", P) if pseudo_batch_size else [],
+        mapper=_random_mapper,
+        human_batch_size=human_batch_size,
+        pseudo_batch_size=pseudo_batch_size,
+        seed=seed,
+        **arguments,
+    )
+
+
+def _take(loader, number):
+    return list(itertools.islice(iter(loader), number))
+
+
+def test_every_batch_has_its_counts_human_images_first():
+    for batch in _take(_loader(), 30):
+        assert [s["label_source"] for s in batch] == ["human"] * 2 + ["pseudo"] * 3
+
+
+def test_every_image_comes_once_an_epoch():
+    batches = _take(_loader(), 30)
+    human = [s["name"] for b in batches for s in b[:2]]
+    pseudo = [s["name"] for b in batches for s in b[2:]]
+    for names, number in ((human, H), (pseudo, P)):
+        for start in range(0, len(names) - number + 1, number):
+            assert len(set(names[start : start + number])) == number
+
+
+def test_teacher_has_human_images_alone():
+    assert {s["label_source"] for b in _take(_loader(pseudo_batch_size=0), 5) for s in b} == {"human"}
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_same_seed_same_samples_whatever_the_number_of_workers(num_workers):
+    assert _take(_loader(num_workers=num_workers), 8) == _take(_loader(num_workers=0), 8)
+
+
+def test_other_seed_other_samples_and_no_two_draws_alike():
+    one, other = _take(_loader(), 8), _take(_loader(seed=8), 8)
+    numbers = [s["random"] for batches in (one, other) for b in batches for s in b]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_the_random_state_outside_is_left_alone():
+    np.random.seed(0)
+    expected = np.random.rand(3)
+    np.random.seed(0)
+    loader = iter(_loader())
+    drawn = [np.random.rand()]
+    next(loader)
+    drawn += [np.random.rand(), np.random.rand()]
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_resumed_where_it_was():
+    undisturbed = _take(_loader(), 12)
+    resumed = _loader()
+    resumed.batch_sampler.first_batch = 5
+    assert _take(resumed, 7) == undisturbed[5:]
+
+
+def test_two_processes_share_the_stream_of_one(monkeypatch):
+    """Steps of 2 x b images are those of 1 x 2b: the same images with the same random numbers."""
+    alone = _take(_loader(4, 6), 6)
+    halves = []
+    for rank in range(2):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        halves.append(_take(_loader(4, 6), 6))
+    for whole, first, second in zip(alone, *halves):
+        assert len(first) == len(second) == 5
+        key = lambda s: (s["name"], s["random"])  # noqa: E731
+        assert sorted(map(key, whole)) == sorted(map(key, first + second))
+
+
+def test_aspect_ratio_grouping_inside_each_source():
+    for batch in _take(_loader(aspect_ratio_grouping=True), 20):
+        assert len({s["width"] > s["height"] for s in batch[:2]}) == 1
+        assert len({s["width"] > s["height"] for s in batch[2:]}) == 1
+
+
+def test_batch_sizes_that_cannot_be(monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    with pytest.raises(InputError, match=r"SOLVER.PSEUDO_IMS_PER_BATCH = 3 does not divide"):
+        _loader()
+
+
+def test_repeat_factors():
+    factors = torch.ones(H)
+    factors[0] = 5.0
+    names = [s["name"] for b in _take(_loader(human_repeat_factors=factors), 50) for s in b[:2]]
+    assert names.count("human0") == pytest.approx(5 * names.count("human1"), rel=0.2)
+
+
+def test_key_fully_decides_a_sample():
+    dataset = MixedDataset([_dicts("human", H)], _random_mapper, seed=1)
+    assert dataset[0, 2, 5] == dataset[0, 2, 5] != dataset[0, 2, 6]
+
+
+def test_resumed_far_into_training():
+    loader = _loader(64, 64)
+    assert isinstance(loader.batch_sampler, MixedBatchSampler)
+    loader.batch_sampler.first_batch = 1000
+    assert len(next(iter(loader))) == 128
+
+
+def _write_pseudo(folder, classes, images, names):
+    writer = PseudoLabelWriter(
+        folder, {"thing_classes": classes, "score_floor": 0.05, "image_root": images}, names
+    )
+    writer.write_shard(
+        0, [make_row(n, 96, 96, [[1, 1, 30, 30]] * i, [0.9] * i, [0] * i) for i, n in enumerate(names)]
+    )
+    writer.finish()
+
+
+@pytest.fixture
+def mixed_config(small_config, coco_set, tmp_path):
+    register_human_labels("human", coco_set.json_file, coco_set.images)
+    _write_pseudo(tmp_path / "pseudo", ["red", "green"], coco_set.images, ["001.png", "002.png", "003.png"])
+    register_pseudo_labels("pseudo", tmp_path / "pseudo")
+    small_config.DATASETS.TRAIN = ("human",)
+    small_config.DATASETS.PSEUDO_TRAIN = ("pseudo",)
+    small_config.SOLVER.PSEUDO_IMS_PER_BATCH = 3
+    return small_config
+
+
+def test_from_config_pseudo_images_without_boxes_are_kept(mixed_config):
+    for batch in _take(build_selftrain_train_loader(mixed_config), 4):
+        assert [s["label_source"] for s in batch] == ["human"] * 2 + ["pseudo"] * 3
+        # Three pseudo images a step are the whole set, the one without boxes included.
+        assert sorted(s["file_name"][-7:] for s in batch[2:]) == ["001.png", "002.png", "003.png"]
+        assert all(s["image"].shape == (3, 96, 96) for s in batch)
+        assert not [s for s in batch if s["file_name"].endswith("001.png") and s["label_source"] == "pseudo"][
+            0
+        ]["instances"].gt_boxes.tensor.numel()
+
+
+def test_from_config_mistakes(mixed_config):
+    cfg = mixed_config.clone()
+    cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
+    with pytest.raises(InputError, match="belong together"):
+        build_selftrain_train_loader(cfg)
+    cfg = mixed_config.clone()
+    cfg.DATASETS.TRAIN = ("nobody",)
+    with pytest.raises(InputError, match="DATASETS.TRAIN names 'nobody'"):
+        build_selftrain_train_loader(cfg)
+    MetadataCatalog.remove("pseudo")
+    MetadataCatalog.get("pseudo").set(thing_classes=["green", "red"])
+    with pytest.raises(InputError, match="other classes"):
+        build_selftrain_train_loader(mixed_config)

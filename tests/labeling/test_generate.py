@@ -1,0 +1,162 @@
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco_set
+from detectron2.modeling import build_model
+
+from selftrain_d2 import InputError, generate_pseudo_labels, load_pseudo_labels
+from selftrain_d2.data import pseudo_label_store
+from selftrain_d2.data.datasets import list_images
+from selftrain_d2.data.pseudo_label_store import read_manifest
+
+
+@pytest.fixture
+def teacher(small_config, tmp_path):
+    """Config of a detector with random weights, which finds something everywhere."""
+    torch.manual_seed(0)
+    file = tmp_path / "teacher.pth"
+    model = build_model(small_config)
+    # Lift the background's prior, so that scores vary.
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.5)
+    torch.nn.init.constant_(model.head.cls_score.bias, -1.0)
+    torch.save({"model": model.state_dict(), "classes": {"thing_classes": ["red", "green"]}}, file)
+    small_config.MODEL.WEIGHTS = str(file)
+    return small_config
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = make_coco_set(tmp_path / "photos", 9, seed=4).images
+    cv2.imwrite(os.path.join(folder, "wide.jpg"), np.full((40, 150, 3), 90, np.uint8))
+    os.makedirs(os.path.join(folder, "deep"))
+    cv2.imwrite(os.path.join(folder, "deep", "grey.png"), np.full((33, 20), 90, np.uint8))
+    cv2.imwrite(os.path.join(folder, "one_pixel.png"), np.zeros((1, 1, 3), np.uint8))
+    with open(os.path.join(folder, "broken.jpg"), "wb") as file:
+        file.write(b"\xff\xd8 no picture")
+    whole = open(os.path.join(folder, "wide.jpg"), "rb").read()
+    with open(os.path.join(folder, "truncated.jpg"), "wb") as file:
+        file.write(whole[: len(whole) // 2])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", 4)
+
+
+def _generate(teacher, photos, output, **arguments):
+    return generate_pseudo_labels(teacher, photos, list_images(photos), output, **arguments)
+
+
+def test_every_listed_image_is_accounted_for(teacher, photos, tmp_path):
+    manifest = _generate(teacher, photos, tmp_path / "labels")
+    assert set(manifest["skipped"]) == {"broken.jpg", "truncated.jpg"}
+    assert manifest["listed"] == 14
+    assert manifest["labeled"] + manifest["empty"] + len(manifest["skipped"]) == manifest["listed"]
+    dicts = load_pseudo_labels(tmp_path / "labels", 0.05)
+    assert {d["image_id"] for d in dicts} == set(list_images(photos)) - set(manifest["skipped"])
+    for d in dicts:
+        assert cv2.imread(d["file_name"]).shape[:2] == (d["height"], d["width"])
+        for a in d["annotations"]:
+            x0, y0, x1, y1 = a["bbox"]
+            assert 0 <= x0 <= x1 <= d["width"] and 0 <= y0 <= y1 <= d["height"]
+            assert 0.05 <= a["score"] <= 1 and a["category_id"] in (0, 1)
+    assert sum(len(d["annotations"]) for d in dicts) == manifest["boxes"] > 20
+
+
+def _rows(dataset_dict):
+    """(N, 6): box, score, class."""
+    return np.array([[*a["bbox"], a["score"], a["category_id"]] for a in dataset_dict["annotations"]])
+
+
+def _assert_same_boxes(one, other):
+    """The same boxes, in any order: nearly equal scores may change places."""
+    assert len(one) == len(other) > 0
+    differences = np.abs(one[:, None] - other) / [1e-2, 1e-2, 1e-2, 1e-2, 1e-4, 0.5]
+    close = (differences < 1).all(axis=2)
+    assert close.any(axis=0).all() and close.any(axis=1).all()
+
+
+def test_boxes_are_those_of_the_model(teacher, photos, tmp_path):
+    """The plain way: one image at a time, resized by hand to the test size, through the model."""
+    _generate(teacher, photos, tmp_path / "labels", batch_size=3)
+    model = build_model(teacher).eval()
+    model.load_state_dict(torch.load(teacher.MODEL.WEIGHTS)["model"])
+    for d in load_pseudo_labels(tmp_path / "labels", 0.05):
+        if d["height"] != 96:  # 96 x 96 needs no resizing
+            continue
+        image = torch.as_tensor(cv2.imread(d["file_name"])[:, :, ::-1].transpose(2, 0, 1).copy())
+        with torch.no_grad():
+            expected = model([{"image": image, "height": 96, "width": 96}])[0]["instances"]
+        rows = [[*b, s, c] for b, s, c in zip(expected.pred_boxes.tensor, expected.scores, expected.pred_classes)]
+        _assert_same_boxes(_rows(d), np.array(rows, dtype=float))
+
+
+def test_batch_size_changes_nothing(teacher, photos, tmp_path):
+    for batch_size in (1, 5):
+        _generate(teacher, photos, tmp_path / f"labels{batch_size}", batch_size=batch_size)
+    one, five = (load_pseudo_labels(tmp_path / f"labels{n}", 0.05) for n in (1, 5))
+    for a, b in zip(one, five):
+        assert a["image_id"] == b["image_id"] and len(a["annotations"]) == len(b["annotations"])
+        _assert_same_boxes(_rows(a), _rows(b))
+
+
+def test_stopped_and_started_again(teacher, photos, tmp_path, monkeypatch):
+    """Stopped after each shard in turn: the result is that of an undisturbed run."""
+    _generate(teacher, photos, tmp_path / "undisturbed")
+    write, written = pseudo_label_store.PseudoLabelWriter.write_shard, []
+
+    def write_one_then_stop(self, shard, rows):
+        write(self, shard, rows)
+        written.append(shard)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pseudo_label_store.PseudoLabelWriter, "write_shard", write_one_then_stop)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            _generate(teacher, photos, tmp_path / "stopped")
+    with pytest.raises(InputError, match="not finished"):
+        read_manifest(tmp_path / "stopped")
+    _generate(teacher, photos, tmp_path / "stopped")
+    assert written == [0, 1, 2, 3]  # nothing was labeled twice
+    assert load_pseudo_labels(tmp_path / "stopped", 0.05) == load_pseudo_labels(tmp_path / "undisturbed", 0.05)
+
+
+def test_only_a_lost_shard_is_labeled_again(teacher, photos, tmp_path):
+    _generate(teacher, photos, tmp_path / "labels")
+    before = load_pseudo_labels(tmp_path / "labels", 0.05)
+    shards = sorted((tmp_path / "labels" / "shards").iterdir())
+    shards[1].unlink()
+    times = [s.stat().st_mtime_ns for s in shards if s.exists()]
+    _generate(teacher, photos, tmp_path / "labels")
+    assert load_pseudo_labels(tmp_path / "labels", 0.05) == before
+    assert times == [s.stat().st_mtime_ns for i, s in enumerate(shards) if i != 1]
+
+
+def test_other_teacher_config_or_floor_is_refused(teacher, photos, tmp_path):
+    _generate(teacher, photos, tmp_path / "labels")
+    with pytest.raises(InputError, match=r"another score_floor: 0\.05 there, 0\.1 now"):
+        _generate(teacher, photos, tmp_path / "labels", score_floor=0.1)
+    other = teacher.clone()
+    other.INPUT.AUGMENTATION.IMAGE_SIZE = 64
+    with pytest.raises(InputError, match="another teacher_config_sha256"):
+        _generate(other, photos, tmp_path / "labels")
+
+
+def test_classes_come_with_the_weights_or_must_be_given(teacher, photos, tmp_path):
+    state = torch.load(teacher.MODEL.WEIGHTS)
+    del state["classes"]
+    torch.save(state, teacher.MODEL.WEIGHTS)
+    with pytest.raises(InputError, match="--classes"):
+        _generate(teacher, photos, tmp_path / "labels")
+    manifest = _generate(teacher, photos, tmp_path / "labels", thing_classes=["a", "b"])
+    assert manifest["thing_classes"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("arguments", [{"score_floor": 1.0}, {"score_floor": -0.1}, {"batch_size": 0}])
+def test_impossible_arguments(teacher, photos, tmp_path, arguments):
+    with pytest.raises(InputError):
+        _generate(teacher, photos, tmp_path / "labels", **arguments)

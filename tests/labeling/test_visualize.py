@@ -1,0 +1,179 @@
+"""The pictures: boxes where they are, in the colour of their outcome; curves with the given numbers."""
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.structures import BoxMode
+from matplotlib.colors import to_rgb
+
+from selftrain_d2.errors import InputError
+from selftrain_d2.labeling import visualize
+from selftrain_d2.labeling.quality import precision_recall_by_threshold
+from selftrain_d2.labeling.visualize import STYLES, contact_sheet, precision_recall_plot
+
+
+def box(left, top, right, bottom, score=None, category=0, crowd=0):
+    annotation = {
+        "bbox": [left, top, right, bottom],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": category,
+        "iscrowd": crowd,
+    }
+    return annotation if score is None else {**annotation, "score": score}
+
+
+def near(picture, color, tolerance=45):
+    """(H, W) bool: pixels close to a colour."""
+    return np.abs(picture.astype(int) - np.round(255 * np.array(to_rgb(color)))).max(axis=2) <= tolerance
+
+
+def tiles_of(picture, background, columns):
+    """Left edges and right edges of the tiles, found by their uniform background colour."""
+    profile = (np.abs(picture.astype(int) - background).max(axis=2) <= 3).any(axis=0).astype(int)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], profile, [0]])))
+    assert len(edges) == 2 * columns
+    return edges.reshape(columns, 2)
+
+
+def read(path):
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+GROUND = (70, 100, 60)
+
+
+@pytest.fixture
+def blank():
+    return np.full((100, 100, 3), GROUND, np.uint8)
+
+
+def test_boxes_are_drawn_in_place_and_in_the_colour_of_their_outcome(tmp_path, blank):
+    truth = [[box(10, 10, 40, 40), box(60, 60, 90, 90), box(0, 80, 12, 100, crowd=1)]]
+    predicted = [
+        [box(12, 10, 42, 40, score=0.9), box(55, 5, 95, 25, score=0.6), box(0, 82, 10, 98, score=0.8)]
+    ]
+    contact_sheet(tmp_path / "sheet.png", [blank], [("Pseudo boxes", predicted)], truth, width=800)
+    picture = read(tmp_path / "sheet.png")
+    assert picture.shape[1] == 800
+    (human_left, human_right), (pseudo_left, pseudo_right) = tiles_of(picture, GROUND, 2)
+    scale = (human_right - human_left) / 100
+    rows = np.flatnonzero((np.abs(picture.astype(int) - GROUND).max(axis=2) <= 3).any(axis=1))
+    top, bottom = rows[0], rows[-1] + 1
+    assert bottom - top == pytest.approx(100 * scale, abs=2)
+
+    def extent(color, left, right):
+        """XYXY, in pixels of the image, of what a tile shows in a colour."""
+        y, x = np.nonzero(near(picture[top:bottom, left:right], color))
+        return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / scale
+
+    styles = {kind: style["color"] for kind, (style, _) in STYLES.items()}
+    assert extent(styles["human"], human_left, human_right) == pytest.approx([10, 10, 90, 90], abs=1)
+    assert extent(styles["correct"], pseudo_left, pseudo_right) == pytest.approx([12, 10, 42, 40], abs=1)
+    assert extent(styles["wrong"], pseudo_left, pseudo_right) == pytest.approx([55, 5, 95, 25], abs=1)
+    assert extent(styles["missed"], pseudo_left, pseudo_right) == pytest.approx([60, 60, 90, 90], abs=1)
+    human_tile = picture[top:bottom, human_left:human_right]
+    assert not any(near(human_tile, styles[kind]).any() for kind in ("correct", "wrong"))
+
+
+def capture(monkeypatch):
+    figures = []
+    monkeypatch.setattr(visualize, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.texts], [[t.get_text() for t in axes.texts] for axes in figure.axes]
+
+
+def test_titles_count_and_boxes_carry_scores_and_class_names(monkeypatch, blank):
+    figures = capture(monkeypatch)
+    images = [blank, blank[:50]]  # of different shapes
+    truth = [[box(10, 10, 40, 40, category=1)], [box(60, 10, 90, 40), box(0, 0, 9, 9, crowd=1)]]
+    teacher = [[box(10, 10, 40, 40, score=0.875, category=1)], []]
+    student = [[], [box(60, 10, 90, 40, score=1.0), box(20, 20, 50, 45, score=0.5)]]
+    contact_sheet(
+        "x.png", images, [("Teacher", teacher), ("Student", student)], truth, class_names=["ash", "fir"]
+    )
+    titles, labels = texts(figures[0])
+    assert titles == [
+        "Human boxes",
+        "2 boxes",
+        "Teacher",
+        "1 of 2 found, 0 wrong",
+        "Student",
+        "1 of 2 found, 1 wrong",
+    ]
+    assert labels == [[], [], ["fir .88"], [], [], ["ash 1.00", "ash .50"]]
+    heights = [axes.get_window_extent().height for axes in figures[0].axes[:2]]
+    assert heights[0] == pytest.approx(2 * heights[1], abs=1)
+
+
+def test_without_truth_nothing_is_judged(monkeypatch, blank):
+    figures = capture(monkeypatch)
+    contact_sheet("x.png", [blank], [("Teacher", [[box(10, 10, 40, 40, score=0.75)]])])
+    assert texts(figures[0]) == (["Teacher", "1 box"], [[".75"]])
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == [STYLES["plain"][1]]
+
+
+def test_the_legend_fits_the_picture(monkeypatch, blank):
+    figures = capture(monkeypatch)
+    truth = [[box(10, 10, 40, 40), box(60, 60, 90, 90), box(0, 80, 12, 100, crowd=1)]]
+    predicted = [[box(12, 10, 42, 40, score=0.9), box(55, 5, 95, 25, score=0.6)]]
+    contact_sheet("x.png", [blank], [("Pseudo boxes", predicted)], truth)
+    (legend,) = figures[0].legends
+    assert len(legend.get_texts()) == len(STYLES) - 1  # every kind but "plain"
+    figures[0].canvas.draw()
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figures[0].bbox.width and extent.y0 >= 0
+
+
+def test_images_are_read_from_files_in_true_colour(tmp_path):
+    cv2.imwrite(str(tmp_path / "red.png"), np.full((40, 40, 3), (0, 0, 200), np.uint8))  # BGR
+    contact_sheet(tmp_path / "sheet.png", [tmp_path / "red.png"], [("Nothing", [[]])], width=300)
+    assert near(read(tmp_path / "sheet.png"), (200 / 255, 0, 0), 3).mean() > 0.5
+
+
+@pytest.mark.parametrize(("images", "boxes"), [(1, [[], []]), (0, [])])
+def test_uneven_or_empty_sheets_are_refused_and_nothing_is_written(tmp_path, blank, images, boxes):
+    with pytest.raises(InputError, match="image"):
+        contact_sheet(tmp_path / "sheet.png", [blank] * images, [("Teacher", boxes)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def rows():
+    truth = [{"file_name": "a.png", "annotations": [box(0, 0, 10, 10), box(30, 0, 40, 10, category=1)]}]
+    predicted = [
+        {"file_name": "a.png", "annotations": [box(0, 0, 10, 10, score=0.6), box(60, 0, 70, 9, score=0.3)]}
+    ]
+    return precision_recall_by_threshold(predicted, truth, [0.9, 0.5, 0.2])
+
+
+def test_curves_show_the_overall_rows_in_order_of_threshold(monkeypatch, rows):
+    figures = capture(monkeypatch)
+    precision_recall_plot(rows, "x.png", score_thresh=0.4)
+    ratios, counts = figures[0].axes
+    curves = {line.get_label(): line.get_xydata() for line in ratios.lines}
+    np.testing.assert_allclose(curves["Precision"], [(0.2, 0.5), (0.5, 1), (0.9, np.nan)])
+    np.testing.assert_allclose(curves["Recall"], [(0.2, 0.5), (0.5, 0.5), (0.9, 0)])
+    np.testing.assert_allclose(curves["F1"], [(0.2, 0.5), (0.5, 2 / 3), (0.9, 0)])
+    np.testing.assert_allclose(counts.lines[0].get_xydata(), [(0.2, 2), (0.5, 1), (0.9, 0)])
+    assert curves["used for training: 0.4"][:, 0].tolist() == [0.4, 0.4]
+    assert [t.get_text() for t in counts.texts] == ["2 human boxes"]
+
+
+def test_plot_is_written_whole_and_replaces_an_older_one(tmp_path, rows, monkeypatch):
+    path = tmp_path / "quality.png"
+    path.write_bytes(b"older")
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            precision_recall_plot(rows, path)
+    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+    precision_recall_plot(rows, path)
+    assert read(path).shape == (800, 1200, 3) and list(tmp_path.iterdir()) == [path]
+
+
+def test_plot_needs_a_row_of_all_classes(tmp_path, rows):
+    with pytest.raises(InputError, match="all classes"):
+        precision_recall_plot([row for row in rows if row.category is not None], tmp_path / "x.png")
