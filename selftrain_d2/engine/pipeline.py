@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +30,16 @@ LABELED, PSEUDO, VALIDATION = "selftrain_labeled", "selftrain_pseudo", "selftrai
 STAGE = "stage.json"
 SUMMARY = "summary.json"
 
-# Where and how fast a stage runs does not change what it makes.
-_KEYS_WITHOUT_EFFECT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "MODEL.WEIGHTS", "VERSION")
+# Where and how fast a stage runs, and how often it saves, does not change what it makes.
+_KEYS_WITHOUT_EFFECT = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",  # by its hash instead
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "VERSION",
+)
 
 
 @dataclass
@@ -271,23 +280,36 @@ def _run_stage(folder: Path, settings: dict[str, Any], work: Callable[[], dict[s
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and has no {STAGE}: choose another output folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    begun_now = not file.exists()
     write_json(file, record)
     start = time.perf_counter()
     try:
         record["result"] = work()
+    except InputError:
+        if begun_now:  # the user corrects the mistake and calls again, with other settings
+            shutil.rmtree(folder)
+        raise
     finally:  # the time of a run that was stopped counts as well
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
-        write_json(file, record)
+        if folder.exists():
+            write_json(file, record)
     return {**record["result"], "seconds": record["seconds"]}
 
 
-def _settings(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """Every config key that a run's result depends on, flat, as JSON reads it back."""
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """Every config key that a training run's result depends on, flat, as JSON reads it back."""
+    flat = {key: value for key, value in _flat(cfg).items() if key not in _KEYS_WITHOUT_EFFECT}
+    if not cfg.DATASETS.PSEUDO_TRAIN:
+        flat = {key: value for key, value in flat.items() if not key.startswith("SELFTRAIN.")}
+    return json.loads(json.dumps(flat))
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
         key = f"{prefix}{key}"
         if isinstance(value, CfgNode):
-            flat.update(_settings(value, f"{key}."))
-        elif key not in _KEYS_WITHOUT_EFFECT:
-            flat[key] = json.loads(json.dumps(value))
+            flat.update(_flat(value, f"{key}."))
+        else:
+            flat[key] = value
     return flat

@@ -115,6 +115,7 @@ def generate_pseudo_labels(
         rows = iter(tqdm(rows, desc="pseudo labels", unit="image", total=len(positions)))
     for shard in shards:
         writer.write_shard(shard, itertools.islice(rows, len(writer.shard_range(shard))))
+    next(rows, None)  # so that the progress bar sees the end
     comm.synchronize()
     if not comm.is_main_process():
         return writer.manifest

@@ -34,7 +34,9 @@ def _self_train(data, tmp_path, *options, **paths):
 
 def _refused(command, capsys, *fragments, output=None):
     assert main(command) == 2
-    error = capsys.readouterr().err.strip().splitlines()
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    error = [line for line in printed.splitlines() if line and not line.startswith("pseudo labels:")]
     assert len(error) == 1, error
     for fragment in fragments:
         assert fragment in error[0]
@@ -123,10 +125,24 @@ def test_config_file_that_is_not_yaml_or_has_unknown_keys(data, tmp_path, capsys
 
 
 def test_weights(data, tmp_path, capsys):
-    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", "no.pth"), capsys, "no.pth")
+    output = tmp_path / "output"
+    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", "no.pth"), capsys, "no.pth", output=output)
     stranger = tmp_path / "stranger.pth"
     torch.save({"model": {"layer.weight": torch.zeros(3)}}, stranger)
     _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(stranger)), capsys, "stranger.pth")
+    assert not list(output.iterdir())  # with the right weights the same command works
+
+
+def test_no_pseudo_label_over_the_threshold(data, tmp_path, capsys):
+    command = _self_train(data, tmp_path, "SELFTRAIN.SCORE_THRESH", "1.0")
+    _refused(command, capsys, "No pseudo label", "lower SELFTRAIN.SCORE_THRESH")
+    # The advice can be followed: the teacher is not trained again, nor refused.
+    trained = (tmp_path / "output" / "teacher" / "model_final.pth").stat().st_mtime_ns
+    assert main([*command[:1], "--score-floor", "0.001", *command[1:], "SELFTRAIN.SCORE_THRESH", "0.9"]) == 2
+    assert "score_floor" in capsys.readouterr().err
+    assert main([*command, "SELFTRAIN.SCORE_THRESH", "0.9"]) == 2
+    assert "No pseudo label" in capsys.readouterr().err
+    assert (tmp_path / "output" / "teacher" / "model_final.pth").stat().st_mtime_ns == trained
 
 
 class _Evil:
