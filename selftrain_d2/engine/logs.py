@@ -17,7 +17,9 @@ def log_to_console() -> None:
 
     detectron2's own set-up also prints environment, config and model; here those go to the log file.
     """
-    warnings.filterwarnings("ignore", message="torch.meshgrid")  # of detectron2's anchors; nothing to do about
+    warnings.filterwarnings(
+        "ignore", message="torch.meshgrid"
+    )  # of detectron2's anchors; nothing to do about
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
     handler.addFilter(_is_progress)

@@ -17,24 +17,25 @@ from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.engine.loss_normalizer import LossNormalizer
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
+from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, check_input_statistics
 
 
-class TrainedClasses:
-    """Puts the class names into every checkpoint, so that a teacher knows what it detects."""
+class CheckpointFacts:
+    """Facts about a run that every checkpoint carries, and a resumed run must share."""
 
-    def __init__(self, thing_classes: list[str]):
-        self.thing_classes = list(thing_classes)
+    def __init__(self, facts: dict[str, Any]):
+        self.facts = facts
 
     def state_dict(self) -> dict[str, Any]:
-        return {"thing_classes": self.thing_classes}
+        return self.facts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["thing_classes"] != self.thing_classes:
-            raise InputError(
-                f"The checkpoint to resume from detects {state['thing_classes']}, the dataset has "
-                f"{self.thing_classes}: choose another OUTPUT_DIR."
-            )
+        for key, value in self.facts.items():
+            if state.get(key) != value:
+                raise InputError(
+                    f"The checkpoint to resume from has {key} {state.get(key)}, this run has {value}: "
+                    "choose another OUTPUT_DIR."
+                )
 
 
 class SelfTrainingTrainer(DefaultTrainer):
@@ -66,7 +67,17 @@ class SelfTrainingTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             allow_unsafe=allow_unsafe,
             trainer=weakref.proxy(self),
-            classes=TrainedClasses(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])),
+            # A teacher knows what it detects, and how its images were normalized.
+            classes=CheckpointFacts(
+                {"thing_classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []))}
+            ),
+            input=CheckpointFacts(
+                {
+                    "format": cfg.INPUT.FORMAT,
+                    "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
+                    "pixel_std": list(cfg.MODEL.PIXEL_STD),
+                }
+            ),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -76,6 +87,8 @@ class SelfTrainingTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As in DefaultTrainer; a resumed run also skips the images already seen."""
         super().resume_or_load(resume)
+        if self.checkpointer.report is not None and not self.start_iter:
+            check_input_statistics(self.checkpointer.report.input, self.cfg)
         self.data_loader.batch_sampler.first_batch = self.start_iter
 
     def build_hooks(self) -> list[HookBase]:

@@ -46,6 +46,7 @@ def test_checkpoints_hold_classes_and_averages(student_config, tmp_path):
     # weights_only: nothing in our own checkpoints needs code
     checkpoint = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
     assert checkpoint["classes"] == {"thing_classes": ["red", "green"]}
+    assert checkpoint["input"]["format"] == "RGB" and len(checkpoint["input"]["pixel_mean"]) == 3
     assert checkpoint["trainer"]["hooks"]["LossNormalizer"] == _normalizer(trainer).state_dict()
 
 
@@ -117,7 +118,20 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_source(student_config):
 def test_resuming_with_other_classes_is_refused(student_config, tmp_path):
     _trained(student_config)
     trainer = SelfTrainingTrainer(student_config)
-    trainer.checkpointer.checkpointables["classes"].thing_classes = ["cat", "dog"]
+    trainer.checkpointer.checkpointables["classes"].facts = {"thing_classes": ["cat", "dog"]}
     with pytest.raises(InputError, match="cat"):
         trainer.resume_or_load(resume=True)
     assert isinstance(trainer.checkpointer, SafeDetectionCheckpointer)
+
+
+def test_weights_of_another_normalization_are_warned_about(student_config, tmp_path, caplog):
+    _trained(student_config)
+    cfg = student_config.clone()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "output" / "model_final.pth")
+    cfg.OUTPUT_DIR = str(tmp_path / "next")
+    with caplog.at_level("WARNING", "selftrain_d2"):
+        SelfTrainingTrainer(cfg).resume_or_load(resume=False)
+        assert "another input" not in caplog.text
+        cfg.INPUT.FORMAT = "BGR"
+        SelfTrainingTrainer(cfg).resume_or_load(resume=False)
+        assert "INPUT.FORMAT RGB" in caplog.text
