@@ -38,6 +38,7 @@ lint: setup
 bench: setup
 	$(BIN)/python tools/benchmark.py --task augmentation
 	$(BIN)/python tools/benchmark.py --task backbone
+	$(BIN)/python tools/benchmark.py --task train
 
 DATA := data/neon_trees
 WEIGHTS := data/efficientnet_lite0_imagenet.pth

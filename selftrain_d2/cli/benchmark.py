@@ -17,6 +17,8 @@ from selftrain_d2.experiments.benchmark import machine, use_one_core
 # Task -> module with run(rounds) -> a dict of figures, whose "table" is Markdown.
 TASKS = {
     "augmentation": "selftrain_d2.experiments.benchmark_augmentation",
+    "backbone": "selftrain_d2.experiments.benchmark_backbone",
+    "train": "selftrain_d2.experiments.benchmark_train",
 }
 
 

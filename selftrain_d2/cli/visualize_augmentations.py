@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", type=int, default=6, metavar="N", help="images a row (default 6)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and draws (default 0)")
     parser.add_argument(
-        "--policies",
-        nargs="+",
-        default=["S1", "S2", "S3", "S4"],
-        metavar="NAME",
-        help="rows (default S1 to S4)",
+        "--policies", default="S1,S2,S3,S4", metavar="NAME,...", help="rows (default S1,S2,S3,S4)"
     )
     parser.add_argument("--operations", action="store_true", help="all operations on one image, by level")
     add_config_arguments(parser)
@@ -58,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
         figure = _operations(cfg, records[0], args.seed)
     else:
         mappers = {
-            policy: SelfTrainingDatasetMapper(_with_policy(cfg, policy), True) for policy in args.policies
+            policy: SelfTrainingDatasetMapper(_with_policy(cfg, policy), True)
+            for policy in args.policies.split(",")
         }
         figure = policy_sheet(mappers, records, cfg.INPUT.FORMAT, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)

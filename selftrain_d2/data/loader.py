@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
@@ -92,6 +93,11 @@ class MixedDataset(Dataset):
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+
+
+def _one_thread(worker: int) -> None:
+    """A worker uses one core: OpenCV would start as many threads as there are cores, in every worker."""
+    cv2.setNumThreads(0)
 
 
 def get_human_dicts(cfg) -> list[dict[str, Any]]:
@@ -229,4 +235,5 @@ def build_selftrain_train_loader(
         batch_sampler=MixedBatchSampler(samplers, sizes, groups),
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
+        worker_init_fn=_one_thread,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SUMMARY, SUMMARY_MARKDOWN = "summary.json", "summary.md"
 CONTACT_SHEET, PRECISION_RECALL = "contact_sheet.png", "precision_recall.png"
-CONTACT_SHEET_ROWS = 4
+CONTACT_SHEET_ROWS = 3
 
 
 def write_summary(output: Path, summary: dict[str, Any], student: CfgNode, data: Any) -> dict[str, Any]:
@@ -117,13 +118,15 @@ def to_markdown(summary: dict[str, Any]) -> str:
 def _draw_contact_sheet(
     output: Path, score_thresh: float, student: CfgNode, images: str, truth: list[dict] | None
 ) -> None:
-    """Some unlabeled images, evenly spread over the list, with all that is known of them."""
+    """Some of the unlabeled images that got boxes, evenly spread over the list: not chosen by what they show."""
     pseudo = {d["image_id"]: d for d in load_pseudo_labels(output / "pseudo_labels", score_thresh)}
-    names = sorted(pseudo)
+    names = sorted(name for name, d in pseudo.items() if d["annotations"])
     shown = names[:: max(1, len(names) // CONTACT_SHEET_ROWS)][:CONTACT_SHEET_ROWS]
-    of_student = output / "student" / "contact_sheet_labels"
-    generate_pseudo_labels(student, images, shown, of_student, score_floor=min(0.05, score_thresh))
-    detected = {d["image_id"]: d for d in load_pseudo_labels(of_student, score_thresh)}
+    with tempfile.TemporaryDirectory() as folder:
+        floor = min(0.05, score_thresh)
+        generate_pseudo_labels(student, images, shown, os.path.join(folder, "labels"), score_floor=floor)
+        labels = load_pseudo_labels(os.path.join(folder, "labels"), score_thresh)
+    detected = {d["image_id"]: d for d in labels}
     true = {os.path.realpath(d["file_name"]): d["annotations"] for d in truth or []}
     contact_sheet(
         output / CONTACT_SHEET,

@@ -176,6 +176,16 @@ def test_unreadable_images_are_named(tmp_path, record, content, is_train):
         mapper({**record, "file_name": str(path)})
 
 
+def test_a_jpeg_cut_short_is_not_filled_up(tmp_path, monkeypatch):
+    path = tmp_path / "broken.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    # Some versions of OpenCV return such an image with grey at the bottom.
+    monkeypatch.setattr("cv2.imdecode", lambda data, flags: np.full((60, 80, 3), 128, np.uint8))
+    with pytest.raises(OSError, match="truncated"):
+        read_image(str(path), "BGR")
+
+
 # ---- labels ---------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,26 @@
 """Box-aware AutoAugment and RandAugment, and the policies S1 to S4 made of them."""
 
-from selftrain_d2.data.augmentation.registry import AUGMENTATION_REGISTRY, build_augmentations
+from selftrain_d2.data.augmentation.ops import RandomOperation
+from selftrain_d2.data.augmentation.policies import AutoAugment, RandAugment
+from selftrain_d2.data.augmentation.registry import (
+    AUGMENTATION_REGISTRY,
+    auto_augment,
+    build_augmentations,
+    flip_jitter_crop,
+    operation_settings,
+    rand_augment,
+    resize_only,
+)
 
-__all__ = ["AUGMENTATION_REGISTRY", "build_augmentations"]
+__all__ = [
+    "AUGMENTATION_REGISTRY",
+    "AutoAugment",
+    "RandAugment",
+    "RandomOperation",
+    "auto_augment",
+    "build_augmentations",
+    "flip_jitter_crop",
+    "operation_settings",
+    "rand_augment",
+    "resize_only",
+]

@@ -25,6 +25,7 @@ from selftrain_d2.data.augmentation.ops import (
 
 # Okabe and Ito's colors, which people with any color vision can tell apart.
 _CLASS_COLORS = ("#F0E442", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#FFFFFF")
+_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
 _DPI = 100
 
 
@@ -46,15 +47,20 @@ def policy_sheet(
         A figure, to be saved.
     """
     rows = []
-    for name, mapper in mappers.items():
+    for mapper in mappers.values():
         row = []
         for column, record in enumerate(records):
             np.random.seed(seed + column)
             sample = mapper(record)
             image = utils.convert_image_to_rgb(sample["image"].permute(1, 2, 0), image_format)
             row.append((image, sample["instances"]))
-        rows.append([(name, row)])
-    return _grid(rows, tile_inches=2.0)
+        rows.append(row)
+    figure, axes = _grid(rows, tile_inches=2.0, gap=0.03)
+    for row_axes, name in zip(axes, mappers):
+        row_axes[0].text(
+            0.03, 0.94, name, transform=row_axes[0].transAxes, fontsize=9, va="top", bbox=_LABEL_BOX
+        )
+    return figure
 
 
 def operation_sheet(
@@ -93,37 +99,36 @@ def operation_sheet(
             instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
             rgb = utils.convert_image_to_rgb(sample.image, settings.image_format)
             row.append((rgb, utils.filter_empty_instances(instances)))
-        series[name.replace("_", "\n", 1)] = row
+        series[name] = row
     names = list(series)
     half = (len(names) + 1) // 2  # two operations beside each other
-    rows = [[(n, series[n]) for n in names[i::half]] for i in range(half)]
-    return _grid(rows, tile_inches=1.3, column_titles=[f"level {level:g}" for level in levels])
-
-
-def _grid(rows, tile_inches: float, column_titles: Sequence[str] = ()) -> Figure:
-    """Rows of series, each a name and its pictures (an RGB image and what is on it)."""
-    columns = sum(len(pictures) for _, pictures in rows[0])
-    size = tile_inches * columns + 0.3 * len(rows[0]), tile_inches * len(rows) + 0.2 * bool(column_titles)
-    figure = Figure(figsize=size, dpi=_DPI, layout="tight")
-    figure.get_layout_engine().set(pad=0.3, w_pad=0.1, h_pad=0.1)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row_axes, row in zip(axes, rows):
-        for ax in row_axes:
-            ax.set_axis_off()
-        start = 0
-        for name, pictures in row:
-            for ax, (image, instances) in zip(row_axes[start:], pictures):
-                _draw(ax, image, instances)
-            row_axes[start].set_ylabel(name, fontsize=7)
-            start += len(pictures)
-    for index, ax in enumerate(axes[0] if column_titles else ()):
-        ax.set_title(column_titles[index % len(column_titles)], fontsize=8, pad=3)
+    rows = [[picture for name in names[i::half] for picture in series[name]] for i in range(half)]
+    figure, axes = _grid(rows, tile_inches=1.3, gap=0.22)
+    for index, name in enumerate(names):
+        first = axes[index % half, index // half * len(levels) :]
+        first[0].set_title(name, fontsize=8, loc="left", pad=3)
+        for ax, level in zip(first, levels):
+            ax.text(0.04, 0.05, f"{level:g}", transform=ax.transAxes, fontsize=7, bbox=_LABEL_BOX)
     return figure
+
+
+def _grid(rows, tile_inches: float, gap: float) -> tuple[Figure, np.ndarray]:
+    """Rows of pictures (an RGB image and what is on it); ``gap`` is a share of a tile, between rows."""
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(tile_inches * columns, tile_inches * len(rows) * (1 + gap)), dpi=_DPI)
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=1 - 0.9 * gap / len(rows))
+    spacing = {"wspace": 0.03, "hspace": gap}
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=spacing)
+    for row_axes, row in zip(axes, rows):
+        for ax, picture in zip(row_axes, row):
+            _draw(ax, *picture)
+        for ax in row_axes[len(row) :]:
+            ax.set_axis_off()
+    return figure, axes
 
 
 def _draw(ax: Axes, image: np.ndarray, instances: Instances) -> None:
     """Boxes and masks, colored by class, on an RGB image (H, W, 3)."""
-    ax.set_axis_on()
     ax.imshow(image)
     ax.set(xticks=[], yticks=[], xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
     for index, (box, class_id) in enumerate(

@@ -8,8 +8,9 @@ detectron2, and only in ``get_transform``: a drawn transform can be applied agai
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from detectron2.data.transforms import Augmentation

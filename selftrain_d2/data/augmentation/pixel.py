@@ -6,7 +6,8 @@ OpenCV's vector code. Images are (H, W), (H, W, 1) or (H, W, 3), uint8; no funct
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np

@@ -46,37 +46,30 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 @AUGMENTATION_REGISTRY.register()
 def S1(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """Flip, scale 0.8 to 1.2, crop."""
-    return flip_jitter_crop(cfg, _SMALL_JITTER) if is_train else test_augmentations(cfg)
+    return flip_jitter_crop(cfg, _SMALL_JITTER) if is_train else resize_only(cfg)
 
 
 @AUGMENTATION_REGISTRY.register()
 def S2(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """AutoAugment, then S1."""
-    return [auto_augment(cfg), *S1(cfg, True)] if is_train else test_augmentations(cfg)
+    """AutoAugment, flip, scale 0.8 to 1.2, crop."""
+    return [auto_augment(cfg), *flip_jitter_crop(cfg, _SMALL_JITTER)] if is_train else resize_only(cfg)
 
 
 @AUGMENTATION_REGISTRY.register()
 def S3(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """AutoAugment, flip, scale 0.5 to 2, crop."""
-    if not is_train:
-        return test_augmentations(cfg)
-    return [auto_augment(cfg), *flip_jitter_crop(cfg, _LARGE_JITTER)]
+    return [auto_augment(cfg), *flip_jitter_crop(cfg, _LARGE_JITTER)] if is_train else resize_only(cfg)
 
 
 @AUGMENTATION_REGISTRY.register()
 def S4(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """RandAugment, flip, scale 0.5 to 2, crop."""
-    if not is_train:
-        return test_augmentations(cfg)
-    return [rand_augment(cfg), *flip_jitter_crop(cfg, _LARGE_JITTER)]
+    return [rand_augment(cfg), *flip_jitter_crop(cfg, _LARGE_JITTER)] if is_train else resize_only(cfg)
 
 
-def test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+def resize_only(cfg: CfgNode) -> list[T.Augmentation]:
     """Resize the longer side to ``IMAGE_SIZE``; the model pads."""
     return [FitLongerSide(cfg.INPUT.AUGMENTATION.IMAGE_SIZE)]
-
-
-test_augmentations.__test__ = False  # not a test, whatever pytest thinks of its name
 
 
 def flip_jitter_crop(cfg: CfgNode, scale_range: tuple[float, float]) -> list[T.Augmentation]:

@@ -1,5 +1,8 @@
 """S1 to S4 as assembled from a config, alone and in detectron2's own mapper."""
 
+import re
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -7,8 +10,10 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
+from fvcore.transforms.transform import VFlipTransform
 
 from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.data import augmentation
 from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations
 from selftrain_d2.data.augmentation.jitter import FitLongerSide, ScaleJitterCrop
 from selftrain_d2.data.augmentation.policies import AUTOAUGMENT_POLICIES, AutoAugment, RandAugment
@@ -94,21 +99,28 @@ def test_unknown_image_format():
         build_augmentations(cfg, True)
 
 
-def test_a_policy_of_ones_own():
-    @AUGMENTATION_REGISTRY.register()
-    def GreyS1(cfg, is_train):
-        grey = [T.RandomSaturation(0, 0)] if is_train else []
-        return grey + AUGMENTATION_REGISTRY.get("S1")(cfg, is_train)
-
+def test_the_documented_policy_of_ones_own():
+    """The example in docs/augmentation.md, as it stands there."""
+    text = (Path(__file__).parents[3] / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(@AUGMENTATION_REGISTRY.*?)```", text, flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 5
     try:
-        augmentations = build_augmentations(make_config(POLICY="GreyS1", IMAGE_SIZE=32), True)
-        sample = T.AugInput(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-        T.AugmentationList(augmentations)(sample)
-        assert sample.image.shape == (32, 32, 3)
-        inside = sample.image[:20, :20].astype(int)
-        assert np.ptp(inside, axis=2).max() <= 1
+        exec(code, {"T": T, **vars(augmentation)})
+        cfg = make_config(POLICY="Aerial", IMAGE_SIZE=32)
+        chain = T.AugmentationList(build_augmentations(cfg, True))
+        image = np.zeros((40, 40, 3), np.uint8)
+        flipped = 0
+        np.random.seed(0)
+        for _ in range(60):
+            sample = T.AugInput(image, boxes=np.array([[0.0, 0, 40, 20]]))
+            drawn = chain(sample)
+            assert sample.image.shape == (32, 32, 3)
+            flipped += any(isinstance(t, VFlipTransform) for t in drawn.transforms)
+        assert 15 < flipped < 45
+        (resize,) = build_augmentations(cfg, False)
+        assert resize.size == 32
     finally:
-        AUGMENTATION_REGISTRY._obj_map.pop("GreyS1")
+        AUGMENTATION_REGISTRY._obj_map.pop("Aerial", None)
 
 
 @pytest.mark.parametrize(
