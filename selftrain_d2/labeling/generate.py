@@ -15,7 +15,6 @@ import detectron2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from selftrain_d2.data.augmentation import build_augmentations
+from selftrain_d2.data.mapper import read_image
 from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, file_sha256
@@ -147,7 +147,7 @@ class _Images(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         name = self.file_names[position]
         try:
-            image = utils.read_image(os.path.join(self.image_root, name), format=self.image_format)
+            image = read_image(os.path.join(self.image_root, name), self.image_format)
         except Exception as error:  # Pillow's decoders raise anything on a broken file
             return {"file_name": name, "skipped": f"{type(error).__name__}: {error}"}
         height, width = image.shape[:2]
