@@ -4,6 +4,8 @@ A command is one module of this package with ``add_arguments(parser)``, ``run(ar
 whose first line is its help text. ``COMMANDS`` names them all.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import sys

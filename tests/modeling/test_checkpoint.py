@@ -133,7 +133,7 @@ def test_legacy_pickle_of_detectron2s_model_zoo(tmp_path):
 def test_safetensors(backbone_state, detector, tmp_path):
     from safetensors.torch import save_file
 
-    save_file(dict(backbone_state), tmp_path / "b0.safetensors")
+    save_file({k: v.contiguous() for k, v in backbone_state.items()}, tmp_path / "b0.safetensors")
     assert load_weights(detector, str(tmp_path / "b0.safetensors")).matched
     assert_same(detector, backbone_state, "backbone.bottom_up.")
 
@@ -214,7 +214,7 @@ def test_damaged_files(suffix, damage, detector, backbone_state, tmp_path):
 
     path = tmp_path / f"weights{suffix}"
     if suffix == ".safetensors":
-        save_file(dict(backbone_state), path)
+        save_file({k: v.contiguous() for k, v in backbone_state.items()}, path)
     elif suffix == ".pkl":
         path.write_bytes(pickle.dumps({k: v.numpy() for k, v in backbone_state.items()}))
     else:

@@ -12,20 +12,21 @@ from torch import nn
 
 from selftrain_d2.cli import main
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.backbone import EfficientNet, batch_norm_builder
+from selftrain_d2.modeling.backbone import EFFICIENTNET_NAMES, EfficientNet, batch_norm_builder
 from selftrain_d2.modeling.checkpoint import load_weights
-from selftrain_d2.modeling.weight_conversion import INPUT_STATISTICS, convert_weights
+from selftrain_d2.modeling.weight_conversion import INPUT_STATISTICS, convert_weights, timm_names
 
 FEATURES = ["res2", "res3", "res4", "res5"]
 
 
-def randomize_norms(model):
+def randomize_norms(model, spread=0.5):
+    """Norms at identity would hide a wrong place, eps or order."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 1 - spread, 1 + spread)
+            nn.init.normal_(module.bias, std=spread / 5)
+            nn.init.normal_(module.running_mean, std=spread / 5)
+            nn.init.uniform_(module.running_var, 1 - spread, 1 + spread)
 
 
 def deviation(a, b):
@@ -37,10 +38,10 @@ def make(name):
     return EfficientNet(name=name, out_features=FEATURES, norm=norm).eval()
 
 
-def make_timm(name):
+def make_timm(name, spread):
     torch.manual_seed(0)
     model = timm.create_model("tf_" + name.replace("-", "_")).eval()
-    randomize_norms(model)
+    randomize_norms(model, spread)
     return model
 
 
@@ -54,45 +55,47 @@ def timm_features(model, image):
     return dict(zip(FEATURES, (features[i] for i in (1, 2, 4, 6))))
 
 
-def largest_deviation(name, size, folder):
-    reference = make_timm(name)
+def largest_deviation(name, size, folder, dtype):
+    # Deep networks with far from trained norms are chaotic: float32 alone moves B7's features by 100 %. So norms
+    # are near the identity in float32, and anything in float64.
+    reference = make_timm(name, spread=0.1 if dtype == torch.float32 else 0.5)
     source, output = folder / "timm.safetensors", folder / "converted.pth"
     save_file(reference.state_dict(), source)
     convert_weights(source, "timm", name, output)
     model = make(name)
     load_weights(model, str(output))
-    image = torch.randn(1, 3, *size)
+    image = torch.randn(1, 3, *size, dtype=dtype)
     with torch.no_grad():
-        expected, features = timm_features(reference, image), model(image)
-    assert all(f.std() > 1e-3 for f in expected.values())  # the signal is alive
+        expected = timm_features(reference.to(dtype), image)
+        features = model.to(dtype)(image)
     return max(deviation(features[f], expected[f]) for f in FEATURES)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (101, 67)])
 @pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b1", "efficientnet-lite0"])
 def test_features_equal_timms(name, size, tmp_path):
-    assert largest_deviation(name, size, tmp_path) < 1e-4
+    assert largest_deviation(name, size, tmp_path, torch.float32) < 1e-5
+    assert largest_deviation(name, size, tmp_path, torch.float64) < 1e-10
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(640, 640), (477, 635)])
 @pytest.mark.parametrize("name", [*(f"efficientnet-b{i}" for i in (0, 1, 4, 7)), "efficientnet-lite0"])
-def test_features_equal_timms_at_full_size(name, size, tmp_path):
-    value = largest_deviation(name, size, tmp_path)
-    print(f"{name} {size}: {value:.1e}")
-    assert value < 1e-4
+def test_features_equal_timms_at_full_size(name, size, dtype, tmp_path):
+    value = largest_deviation(name, size, tmp_path, dtype)
+    print(f"{name} {size} {dtype}: {value:.1e}")
+    assert value < (1e-4 if dtype == torch.float32 else 1e-6)
 
 
-@pytest.mark.parametrize("name", [*(f"efficientnet-b{i}" for i in range(2, 9)), "efficientnet-lite4"])
-def test_every_size_of_timm_fits(name, tmp_path):
-    """Shapes only; equality of values is tested above. (L2 is the same code and takes 2 GB.)"""
+@pytest.mark.parametrize("name", [n for n in EFFICIENTNET_NAMES if n != "efficientnet-b0"])
+def test_names_and_shapes_of_every_size_of_timm(name):
     with torch.device("meta"):
-        shapes = timm.create_model("tf_" + name.replace("-", "_")).state_dict()
-    source = tmp_path / "timm.pth"
-    # One number expanded to the shape: saved files stay small.
-    torch.save({k: torch.zeros(()).expand(v.shape) for k, v in shapes.items()}, source)
-    converted = convert_weights(source, "timm", name, tmp_path / "out.pth")
-    assert {n.split(".")[0] for n in converted.unused} == {"conv_head", "bn2", "classifier"}
+        source = timm.create_model("tf_" + name.replace("-", "_")).state_dict()
+        expected = make(name).state_dict()
+    names = timm_names(source)
+    assert {names[n]: source[n].shape for n in names} == {n: v.shape for n, v in expected.items()}
+    assert {n.split(".")[0] for n in source if n not in names} == {"conv_head", "bn2", "classifier"}
 
 
 # ---- ResNets of SimCLR ------------------------------------------------------------------------------

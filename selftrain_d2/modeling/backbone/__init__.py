@@ -9,6 +9,7 @@ from selftrain_d2.modeling.backbone.fpn import (
     build_efficientnet_fpn_backbone,
     build_retinanet_efficientnet_fpn_backbone,
 )
+from selftrain_d2.modeling.backbone.fusion import fuse_batch_norms
 from selftrain_d2.modeling.backbone.norm import batch_norm_builder
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "build_efficientnet_backbone",
     "build_efficientnet_fpn_backbone",
     "build_retinanet_efficientnet_fpn_backbone",
+    "fuse_batch_norms",
 ]

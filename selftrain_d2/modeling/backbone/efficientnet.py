@@ -8,22 +8,26 @@ as they are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.inverted_bottleneck import (
+    InvertedBottleneck,
+    SameConv2d,
+    checkpointed,
+    relu6,
+    silu,
+)
 from selftrain_d2.modeling.backbone.norm import batch_norm_builder
 
 EFFICIENTNET_NAMES = (
@@ -37,117 +41,6 @@ BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
 
 
-class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "same" padding for any input size: output size is ceil(input / stride).
-
-    At stride 1 this is the usual symmetric padding. At stride 2 and even input size one pixel less is padded
-    on the left and top than on the right and bottom.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-    ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=kernel_size // 2,
-            groups=groups,
-            bias=False,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
-        if self.stride[0] == 1:
-            return super().forward(x)
-        top, bottom = self._padding(x.shape[2])
-        left, right = self._padding(x.shape[3])
-        x = F.pad(x, (left, right, top, bottom))
-        return F.conv2d(x, self.weight, stride=self.stride, groups=self.groups)
-
-    def _padding(self, size: int) -> tuple[int, int]:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-        return total // 2, total - total // 2
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(x). In place only without gradients: autograd would clone the input first."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def relu6(x: torch.Tensor) -> torch.Tensor:
-    """min(max(x, 0), 6) in place: its gradient needs the output alone."""
-    return F.relu6(x, inplace=True)
-
-
-class InvertedBottleneck(nn.Module):
-    """Expand (1x1), depthwise convolution, squeeze-and-excitation, project (1x1), skip connection."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        kernel_size: int,
-        stride: int,
-        expand_ratio: int,
-        squeeze_channels: int,
-        norm: Callable[[int], nn.Module],
-        activation: Callable[[torch.Tensor], torch.Tensor],
-    ):
-        """
-        Args:
-            in_channels, out_channels: of the block.
-            kernel_size, stride: of the depthwise convolution.
-            expand_ratio: inner channels per input channel. 1: no expanding convolution.
-            squeeze_channels: channels inside squeeze-and-excitation. 0: none.
-            norm: channels to norm layer.
-            activation: element-wise function; may work in place.
-        """
-        super().__init__()
-        channels = in_channels * expand_ratio
-        self.expands = expand_ratio != 1
-        self.squeezes = squeeze_channels > 0
-        self.has_skip = stride == 1 and in_channels == out_channels
-        self.stride = stride
-        self.activation = activation
-        if self.expands:
-            self._expand_conv = nn.Conv2d(in_channels, channels, 1, bias=False)
-            self._bn0 = norm(channels)
-        self._depthwise_conv = SameConv2d(channels, channels, kernel_size, stride, groups=channels)
-        self._bn1 = norm(channels)
-        if self.squeezes:
-            self._se_reduce = nn.Conv2d(channels, squeeze_channels, 1)
-            self._se_expand = nn.Conv2d(squeeze_channels, channels, 1)
-        self._project_conv = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self._bn2 = norm(out_channels)
-
-    def forward(self, inputs: torch.Tensor, branch_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            inputs: (N, C, H, W).
-            branch_scale: (N, 1, 1, 1), factor of the residual branch (drop connect); None is 1.
-
-        Returns:
-            (N, C', ceil(H / stride), ceil(W / stride)).
-        """
-        x = inputs
-        if self.expands:
-            x = self.activation(self._bn0(self._expand_conv(x)))
-        x = self.activation(self._bn1(self._depthwise_conv(x)))
-        if self.squeezes:
-            gate = self.activation(self._se_reduce(x.mean((2, 3), keepdim=True)))
-            x = x * self._se_expand(gate).sigmoid()
-        x = self._bn2(self._project_conv(x))
-        if not self.has_skip:
-            return x
-        if branch_scale is None:
-            return inputs + x
-        return torch.addcmul(inputs, x, branch_scale.to(x.dtype))
-
-
 class EfficientNet(Backbone):
     """EfficientNet without its classification head.
 
@@ -156,6 +49,8 @@ class EfficientNet(Backbone):
     detectron2's ResNets: its FPN configs work with the backbone's name changed only. Blocks after the last
     feature asked for are not built. Inputs may have any size; a feature's size is ceil(size / stride).
     """
+
+    CONV_NORM_PAIRS = (("_conv_stem", "_bn0"),)
 
     @configurable
     def __init__(
@@ -167,7 +62,7 @@ class EfficientNet(Backbone):
         drop_connect_rate: float = 0.2,
         freeze_at: int = 0,
         checkpoint_activations: bool = False,
-        channels_last: bool = False,
+        channels_last: bool = True,
         in_channels: int = 3,
     ):
         """
@@ -181,7 +76,7 @@ class EfficientNet(Backbone):
                 Frozen parts get no gradients, fixed batch norm, and no drop connect.
             checkpoint_activations: recompute each block in the backward pass instead of keeping its inner
                 activations: less memory, more time, equal gradients.
-            channels_last: keep weights and activations in this memory format (faster on GPUs with autocast).
+            channels_last: keep weights and activations in this memory format.
             in_channels: channels of the image.
 
         Raises:
@@ -274,7 +169,7 @@ class EfficientNet(Backbone):
         x = self.activation(self._bn0(self._conv_stem(x)))
         for index, block in enumerate(self._blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = _checkpointed(block, x, scales[index])
+                x = checkpointed(block, x, scales[index])
             else:
                 x = block(x, scales[index])
             if index in self._feature_after_block:
@@ -339,33 +234,6 @@ def _cumulative_strides(blocks: Sequence[nn.Module]) -> list[int]:
         stride *= _stride(block._block_args)
         strides.append(stride)
     return strides
-
-
-def _checkpointed(block: nn.Module, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    # Drop connect is drawn outside the block, so there is no random state to keep.
-    return checkpoint(
-        block,
-        x,
-        scale,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(block)),
-    )
-
-
-@contextlib.contextmanager
-def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
-    """While a block is recomputed: its batch norms must not count the same images a second time."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    states = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = torch.empty_like(norm.num_batches_tracked)
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, states):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 @BACKBONE_REGISTRY.register()

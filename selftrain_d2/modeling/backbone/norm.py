@@ -7,6 +7,7 @@ from collections.abc import Callable
 from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selftrain_d2.errors import InputError
 
@@ -37,3 +38,17 @@ def batch_norm_builder(
     if kind == "SyncBN" and comm.get_world_size() > 1:
         layer = nn.SyncBatchNorm if device.startswith("cuda") else NaiveSyncBatchNorm
     return lambda channels: layer(channels, eps=eps, momentum=momentum)
+
+
+def set_batch_norm_constants(module: nn.Module, *, eps: float, momentum: float) -> None:
+    """Give every batch norm in a module these constants; for parts that detectron2 builds with its own.
+
+    Args:
+        module: changed in place.
+        eps, momentum: see :func:`batch_norm_builder`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (_BatchNorm, FrozenBatchNorm2d)):
+            layer.eps = eps
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = momentum

@@ -13,7 +13,7 @@ from torch import nn
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone import EFFICIENTNET_NAMES, EfficientNet, batch_norm_builder, efficientnet
-from selftrain_d2.modeling.backbone.efficientnet import SameConv2d
+from selftrain_d2.modeling.backbone.inverted_bottleneck import SameConv2d
 
 FEATURES = ["res2", "res3", "res4", "res5"]
 
@@ -269,6 +269,9 @@ def test_checkpointing_changes_nothing_but_memory(norm, freeze_at):
             kept += tensor.numel()
             return tensor
 
+        if checkpoint_activations:  # kept for the recomputation, unseen by the hooks
+            for block in model._blocks:
+                block.register_forward_pre_hook(lambda _, inputs: (count(inputs[0]), None)[1])
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             features = model(image)
         sum(f.square().mean() for f in features.values()).backward()
