@@ -98,6 +98,45 @@ SMALL_MODEL = [
 ]  # fmt: skip
 
 
+def small_rcnn_config(architecture, **options):
+    """An R-CNN (or its relative) of two classes on a small EfficientNet, on the CPU; ``MODEL__KEY=value``."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.MODEL.BACKBONE.NAME = "build_efficientnet_fpn_backbone"
+    cfg.MODEL.EFFICIENTNET.NAME = "efficientnet-b0"
+    cfg.MODEL.EFFICIENTNET.NORM = "FrozenBN"
+    cfg.MODEL.EFFICIENTNET.DROP_CONNECT_RATE = 0.0
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 8
+    cfg.MODEL.SEM_SEG_HEAD.NORM = ""
+    # Every proposal and anchor counts: no random sampling, so that passes can be compared.
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 100000
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 100000
+    cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
+    for key, value in options.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
 @pytest.fixture(autouse=True)
 def leave_catalogs_as_they_were():
     """Datasets that a test registers are gone after it."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # 4 numbers a box
         ("scores", pa.list_(pa.float32())),
         ("category_ids", pa.list_(pa.int32())),  # contiguous, into thing_classes
+        ("masks", pa.list_(pa.string())),  # COCO's compressed RLE of the whole image; empty without masks
         ("skipped", pa.string()),  # why the image could not be labeled, else null
     ]
 )
@@ -50,6 +51,7 @@ def make_row(
     boxes: np.ndarray | None = None,
     scores: np.ndarray | None = None,
     category_ids: np.ndarray | None = None,
+    masks: Sequence[str] | None = None,
     skipped: str | None = None,
 ) -> dict[str, Any]:
     """One row of ``SCHEMA``.
@@ -58,6 +60,7 @@ def make_row(
         file_name: relative to the image root.
         height, width: of the image, in pixels.
         boxes: (N, 4) XYXY, pixels. scores: (N,) in [0, 1]. category_ids: (N,) contiguous.
+        masks: N strings, ``counts`` of COCO's compressed RLE; None where the teacher makes no masks.
         skipped: the reason, if the image could not be labeled.
     """
     return {
@@ -67,6 +70,7 @@ def make_row(
         "boxes": [] if boxes is None else np.asarray(boxes, np.float32).reshape(-1),
         "scores": [] if scores is None else np.asarray(scores, np.float32),
         "category_ids": [] if category_ids is None else np.asarray(category_ids, np.int32),
+        "masks": [] if masks is None else list(masks),
         "skipped": skipped,
     }
 
@@ -191,7 +195,8 @@ def load_pseudo_labels(
     Returns:
         One dict per labeled image, images without boxes included (they train as all-negative):
         ``file_name, image_id, height, width, label_source="pseudo", annotations``; each annotation has
-        ``bbox`` (XYXY, pixels), ``bbox_mode``, ``category_id`` (contiguous) and ``score``.
+        ``bbox`` (XYXY, pixels), ``bbox_mode``, ``category_id`` (contiguous), ``score``, and of a teacher with
+        masks ``segmentation`` (RLE, for INPUT.MASK_FORMAT "bitmask").
 
     Raises:
         InputError: the folder holds no finished pseudo labels, or ``score_thresh`` lies under the floor
@@ -209,9 +214,6 @@ def load_pseudo_labels(
         for row in table.to_pylist():
             if row["skipped"] is not None:
                 continue
-            boxes = np.asarray(row["boxes"]).reshape(-1, 4)
-            # Compared as float32, as they are stored: 0.7 must keep a score written as 0.7.
-            kept = np.asarray(row["scores"], np.float32) >= np.float32(score_thresh)
             dicts.append(
                 {
                     "file_name": os.path.join(image_root, row["file_name"]),
@@ -219,21 +221,31 @@ def load_pseudo_labels(
                     "height": row["height"],
                     "width": row["width"],
                     "label_source": "pseudo",
-                    "annotations": [
-                        {
-                            "bbox": box.tolist(),
-                            "bbox_mode": BoxMode.XYXY_ABS,
-                            "category_id": category_id,
-                            "score": score,
-                        }
-                        for box, score, category_id, keep in zip(
-                            boxes, row["scores"], row["category_ids"], kept
-                        )
-                        if keep
-                    ],
+                    "annotations": _annotations(row, score_thresh),
                 }
             )
     return dicts
+
+
+def _annotations(row: dict[str, Any], score_thresh: float) -> list[dict[str, Any]]:
+    """detectron2 annotations of the boxes of one row that reach a score."""
+    boxes = np.asarray(row["boxes"]).reshape(-1, 4).tolist()
+    # Compared as float32, as they are stored: 0.7 must keep a score written as 0.7.
+    kept = np.flatnonzero(np.asarray(row["scores"], np.float32) >= np.float32(score_thresh)).tolist()
+    annotations = [
+        {
+            "bbox": boxes[i],
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "category_id": row["category_ids"][i],
+            "score": row["scores"][i],
+        }
+        for i in kept
+    ]
+    if row["masks"]:
+        size = [row["height"], row["width"]]
+        for i, annotation in zip(kept, annotations):
+            annotation["segmentation"] = {"size": size, "counts": row["masks"][i]}
+    return annotations
 
 
 def _read_shards(folder: str | os.PathLike) -> Iterable[pa.Table]:

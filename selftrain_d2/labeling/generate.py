@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import detectron2
+import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -181,7 +183,15 @@ def _label(teacher: torch.nn.Module, loader: DataLoader) -> Iterator[dict[str, A
                     instances.pred_boxes.tensor.float().numpy(),
                     instances.scores.float().numpy(),
                     instances.pred_classes.numpy(),
+                    _run_lengths(instances.pred_masks) if instances.has("pred_masks") else None,
                 )
+
+
+def _run_lengths(masks: torch.Tensor) -> list[str]:
+    """COCO's compressed RLE of masks (N, H, W)."""
+    # One mask at a time: pycocotools wants Fortran order, and N of them at image size are large.
+    encoded = (mask_util.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in masks)
+    return [rle["counts"].decode("ascii") for rle in encoded]
 
 
 def teacher_config_sha256(cfg: CfgNode) -> str:

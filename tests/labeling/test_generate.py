@@ -2,14 +2,17 @@ import os
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
-from conftest import make_coco_set
+from conftest import make_coco_set, small_rcnn_config
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
-from selftrain_d2 import InputError, generate_pseudo_labels, load_pseudo_labels
+from selftrain_d2 import InputError, SelfTrainingDatasetMapper, generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.data import pseudo_label_store
 from selftrain_d2.data.datasets import list_images
+from selftrain_d2.data.mapper import read_image
 from selftrain_d2.data.pseudo_label_store import read_manifest
 
 
@@ -91,7 +94,9 @@ def test_boxes_are_those_of_the_model(teacher, photos, tmp_path):
         image = torch.as_tensor(cv2.imread(d["file_name"])[:, :, ::-1].transpose(2, 0, 1).copy())
         with torch.no_grad():
             expected = model([{"image": image, "height": 96, "width": 96}])[0]["instances"]
-        rows = [[*b, s, c] for b, s, c in zip(expected.pred_boxes.tensor, expected.scores, expected.pred_classes)]
+        rows = [
+            [*b, s, c] for b, s, c in zip(expected.pred_boxes.tensor, expected.scores, expected.pred_classes)
+        ]
         _assert_same_boxes(_rows(d), np.array(rows, dtype=float))
 
 
@@ -122,7 +127,9 @@ def test_stopped_and_started_again(teacher, photos, tmp_path, monkeypatch):
         read_manifest(tmp_path / "stopped")
     _generate(teacher, photos, tmp_path / "stopped")
     assert written == [0, 1, 2, 3]  # nothing was labeled twice
-    assert load_pseudo_labels(tmp_path / "stopped", 0.05) == load_pseudo_labels(tmp_path / "undisturbed", 0.05)
+    assert load_pseudo_labels(tmp_path / "stopped", 0.05) == load_pseudo_labels(
+        tmp_path / "undisturbed", 0.05
+    )
 
 
 def test_only_a_lost_shard_is_labeled_again(teacher, photos, tmp_path):
@@ -160,3 +167,34 @@ def test_classes_come_with_the_weights_or_must_be_given(teacher, photos, tmp_pat
 def test_impossible_arguments(teacher, photos, tmp_path, arguments):
     with pytest.raises(InputError):
         _generate(teacher, photos, tmp_path / "labels", **arguments)
+
+
+def test_masks_of_a_mask_rcnn_teacher_train_a_student(photos, tmp_path):
+    """Teacher's masks, stored and loaded, are its masks; a Mask R-CNN student takes a step on them."""
+    cfg = small_rcnn_config("GeneralizedRCNN", MODEL__MASK_ON="True", INPUT__AUGMENTATION__IMAGE_SIZE="96")
+    torch.manual_seed(1)
+    teacher = build_model(cfg).eval()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "mask_rcnn.pth")
+    torch.save({"model": teacher.state_dict()}, cfg.MODEL.WEIGHTS)
+    _generate(cfg, photos, tmp_path / "labels", thing_classes=["red", "green"])
+    dicts = load_pseudo_labels(tmp_path / "labels", 0.05)
+    assert sum(len(d["annotations"]) for d in dicts) > 10
+
+    shown = next(d for d in dicts if d["height"] == 96 and d["annotations"])
+    teacher.roi_heads.box_predictor.test_score_thresh = 0.05
+    image = torch.as_tensor(read_image(shown["file_name"], cfg.INPUT.FORMAT).transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        expected = teacher([{"image": image, "height": 96, "width": 96}])[0]["instances"].pred_masks.numpy()
+    masks = [mask_util.decode(a["segmentation"]) for a in shown["annotations"]]
+    # Random weights give masks of 0.5 everywhere: rounding may tip single pixels.
+    assert np.stack(masks).shape == expected.shape and expected.any()
+    assert (np.stack(masks) != expected).mean() < 1e-3
+
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    mapper = SelfTrainingDatasetMapper(cfg, is_train=True)
+    cfg.MODEL.META_ARCHITECTURE = "SelfTrainingGeneralizedRCNN"
+    student = build_model(cfg).train()
+    with EventStorage():
+        losses = student([mapper({**shown, "label_source": source}) for source in ("human", "pseudo")])
+    assert "loss_mask_pseudo" in losses
+    sum(losses.values()).backward()
