@@ -68,7 +68,8 @@ def processes_of(args: argparse.Namespace) -> Processes:
 def setup_config(args: argparse.Namespace) -> CfgNode:
     """The config of ``--config-file`` with the ``KEY VALUE`` pairs merged in, checked; not frozen.
 
-    Where CUDA is not available, MODEL.DEVICE "cuda" becomes "cpu", with a warning.
+    Where CUDA is not available, MODEL.DEVICE "cuda" becomes "cpu"; on a CPU, SOLVER.AMP.ENABLED becomes
+    False; both with a warning.
 
     Raises:
         InputError: the file is missing, not YAML, has unknown keys, or needs ``--allow-unsafe``; a pair
@@ -91,8 +92,10 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
     merge_options(cfg, args.opts)
     build_augmentations(cfg, is_train=True)  # checks the policy and its keys
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("No CUDA device: MODEL.DEVICE is cpu, without mixed precision.")
+        logger.warning("No CUDA device: MODEL.DEVICE is cpu.")
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        logger.warning("Mixed precision needs a GPU: SOLVER.AMP.ENABLED is False.")
         cfg.SOLVER.AMP.ENABLED = False
     return cfg
 

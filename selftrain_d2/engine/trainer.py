@@ -6,10 +6,12 @@ import os
 import weakref
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
@@ -59,8 +61,11 @@ class SelfTrainingTrainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
         model = create_ddp_model(model, broadcast_buffers=False)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
+        self._trainer = (
+            AMPTrainer(model, data_loader, optimizer, precision=amp_precision(cfg))
+            if cfg.SOLVER.AMP.ENABLED
+            else SimpleTrainer(model, data_loader, optimizer)
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeDetectionCheckpointer(
             model,
@@ -100,6 +105,16 @@ class SelfTrainingTrainer(DefaultTrainer):
         return build_selftrain_train_loader(cfg)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+            # detectron2 would divide by zero after the last step.
+            raise InputError(
+                f"SOLVER.WARMUP_ITERS is {cfg.SOLVER.WARMUP_ITERS}, which leaves nothing of SOLVER.MAX_ITER "
+                f"{cfg.SOLVER.MAX_ITER} after the warm-up: make it smaller."
+            )
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         return build_detection_test_loader(
             cfg, dataset_name, mapper=SelfTrainingDatasetMapper(cfg, is_train=False)
@@ -113,6 +128,23 @@ class SelfTrainingTrainer(DefaultTrainer):
 def build_loss_normalizer(cfg: CfgNode) -> LossNormalizer:
     """The hook that a config describes (keys SELFTRAIN.*)."""
     return LossNormalizer(cfg.SELFTRAIN.ALPHA, cfg.SELFTRAIN.EMA_DECAY, cfg.SELFTRAIN.NORMALIZE_LOSS)
+
+
+def amp_precision(cfg: CfgNode) -> torch.dtype:
+    """The data type that SOLVER.AMP.PRECISION names.
+
+    Raises:
+        InputError: neither float16 nor bfloat16, or no GPU to use it.
+    """
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise InputError(
+            f"Mixed precision needs a GPU, MODEL.DEVICE is {cfg.MODEL.DEVICE}: set SOLVER.AMP.ENABLED False."
+        )
+    if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
+        raise InputError(
+            f"SOLVER.AMP.PRECISION is {cfg.SOLVER.AMP.PRECISION!r}: it must be float16 or bfloat16."
+        )
+    return getattr(torch, cfg.SOLVER.AMP.PRECISION)
 
 
 def check_number_of_classes(cfg: CfgNode) -> None:

@@ -39,7 +39,8 @@ def photos(tmp_path):
     cv2.imwrite(os.path.join(folder, "one_pixel.png"), np.zeros((1, 1, 3), np.uint8))
     with open(os.path.join(folder, "broken.jpg"), "wb") as file:
         file.write(b"\xff\xd8 no picture")
-    whole = open(os.path.join(folder, "wide.jpg"), "rb").read()
+    with open(os.path.join(folder, "wide.jpg"), "rb") as file:
+        whole = file.read()
     with open(os.path.join(folder, "truncated.jpg"), "wb") as file:
         file.write(whole[: len(whole) // 2])
     return folder

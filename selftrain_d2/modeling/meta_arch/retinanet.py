@@ -1,11 +1,20 @@
-"""RetinaNet that keeps the losses of human and pseudo labels apart."""
+"""RetinaNet that keeps the losses of human and pseudo labels apart, and can be the paper's."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
+
+from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.matcher import BestAnchorMatcher
+from selftrain_d2.modeling.meta_arch.retinanet_head import set_head_norms
+from selftrain_d2.modeling.soft_nms import soft_nms
 
 
 @META_ARCH_REGISTRY.register()
@@ -13,8 +22,9 @@ class SelfTrainingRetinaNet(RetinaNet):
     """detectron2's RetinaNet over a batch of human-labeled and pseudo-labeled images.
 
     The whole batch goes through the network at once, so batch norm sees the mixed batch as in the paper.
-    Then each source of labels has its own losses, normalized by its own positive anchors. Inference and
-    training on a batch without pseudo labels are those of RetinaNet.
+    Then each source of labels has its own losses, normalized by its own positive anchors. With the default
+    config keys, inference and training on a batch without pseudo labels are those of RetinaNet;
+    configs/Base-RetinaNet-EfficientNet-FPN.yaml sets them to the paper's.
 
     Attributes:
         loss_weights: weights (human, pseudo) of the losses that ``forward`` returns.
@@ -23,12 +33,54 @@ class SelfTrainingRetinaNet(RetinaNet):
             batch had no image of that source.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    @configurable
+    def __init__(
+        self,
+        *,
+        normalize_by_batch: bool = False,
+        box_reg_loss_weight: float = 1.0,
+        soft_nms_sigma: float = 0.0,
+        **kwargs,
+    ):
+        """
+        Args:
+            normalize_by_batch: divide losses by 1 + the positive anchors of the batch (of each process), in
+                place of RetinaNet's moving average.
+            box_reg_loss_weight: factor of the box loss.
+            soft_nms_sigma: of :func:`soft_nms`; 0 for NMS.
+            kwargs: as for ``RetinaNet``.
+
+        Raises:
+            InputError: a negative sigma.
+        """
+        super().__init__(**kwargs)
+        if soft_nms_sigma < 0:
+            raise InputError(f"MODEL.RETINANET.SOFT_NMS_SIGMA must be >= 0, not {soft_nms_sigma}.")
+        self.normalize_by_batch = normalize_by_batch
+        self.box_reg_loss_weight = box_reg_loss_weight
+        self.soft_nms_sigma = soft_nms_sigma
         self.loss_weights: tuple[float, float] = (1.0, 1.0)
         self.raw_losses: dict[str, Tensor | None] = {"human": None, "pseudo": None}
         # Moving average of positive anchors of each source; see `_losses_of`.
         self.positive_anchor_averages = {"human": 100.0, "pseudo": 100.0}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        keys = cfg.MODEL.RETINANET
+        if keys.LOSS_NORMALIZER not in ("moving_average", "batch"):
+            raise InputError(
+                f"Unknown MODEL.RETINANET.LOSS_NORMALIZER {keys.LOSS_NORMALIZER!r}: use moving_average or batch."
+            )
+        args = super().from_config(cfg)
+        set_head_norms(args["head"], cfg)
+        if keys.FORCE_BEST_ANCHOR:
+            args["anchor_matcher"] = BestAnchorMatcher(keys.IOU_THRESHOLDS, keys.IOU_LABELS)
+        return {
+            **args,
+            "normalize_by_batch": keys.LOSS_NORMALIZER == "batch",
+            "box_reg_loss_weight": keys.BBOX_REG_LOSS_WEIGHT,
+            "soft_nms_sigma": keys.SOFT_NMS_SIGMA,
+        }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """As ``DenseDetector.forward``. In training each input dict has a ``label_source``, "human" (the
@@ -83,3 +135,46 @@ class SelfTrainingRetinaNet(RetinaNet):
             losses = self.losses(*args)
         self.positive_anchor_averages[source] = self.loss_normalizer
         return losses
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """As ``RetinaNet.losses``, whose docstring has the shapes, with the weight and the normalizer asked for."""
+        losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        losses["loss_box_reg"] = losses["loss_box_reg"] * self.box_reg_loss_weight
+        if self.normalize_by_batch:
+            positives = sum(((x >= 0) & (x != self.num_classes)).sum() for x in gt_labels)
+            # `self.loss_normalizer` is what RetinaNet has just divided by.
+            scale = self.loss_normalizer / (positives + 1)
+            losses = {name: loss * scale for name, loss in losses.items()}
+        return losses
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[Tensor],
+        box_delta: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """As ``RetinaNet.inference_single_image``, with Soft-NMS where a sigma is given."""
+        if not self.soft_nms_sigma:
+            return super().inference_single_image(anchors, box_cls, box_delta, image_size)
+        candidates = self._decode_multi_level_predictions(
+            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
+        )
+        keep, scores = soft_nms(
+            candidates.pred_boxes.tensor,
+            candidates.scores,
+            candidates.pred_classes,
+            sigma=self.soft_nms_sigma,
+            score_thresh=self.test_score_thresh,
+            max_detections=self.max_detections_per_image,
+        )
+        detections = candidates[keep]
+        detections.scores = scores
+        return detections

@@ -34,13 +34,14 @@ def _losses(model, batch):
         return model(batch)
 
 
+CASCADE = {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": "True"}
 ARCHITECTURES = [
     ("GeneralizedRCNN", {}),
     ("GeneralizedRCNN", {"MODEL__MASK_ON": "True"}),
-    ("GeneralizedRCNN", {"MODEL__ROI_HEADS__NAME": "CascadeROIHeads", "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": "True"}),
+    ("GeneralizedRCNN", CASCADE),
     ("PanopticFPN", {"MODEL__MASK_ON": "True"}),
     ("SemanticSegmentor", {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "options"), ARCHITECTURES)

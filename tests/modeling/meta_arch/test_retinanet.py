@@ -20,10 +20,23 @@ def _batch(sources, size=96, seed=0):
     return batch
 
 
+# What the paper changed in RetinaNet, changed back.
+DETECTRON2 = [
+    "MODEL.FPN.OUTPUT_NORM", "",
+    "MODEL.RETINANET.NORM", "",
+    "MODEL.RETINANET.NORM_AFFINE_PER_LEVEL", False,
+    "MODEL.RETINANET.FORCE_BEST_ANCHOR", False,
+    "MODEL.RETINANET.LOSS_NORMALIZER", "moving_average",
+    "MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", 1.0,
+]  # fmt: skip
+
+
 @pytest.fixture
 def model(small_config):
+    """With detectron2's losses and head. (test_paper_retinanet.py has the paper's.)"""
     torch.manual_seed(0)
     small_config.MODEL.EFFICIENTNET.DROP_CONNECT_RATE = 0.0
+    small_config.merge_from_list(DETECTRON2)
     return build_model(small_config).train()
 
 

@@ -1,0 +1,126 @@
+"""The tables of docs/model_zoo.md, on standard output: ``python -m selftrain_d2.experiments.model_table``, in a clone.
+
+Runs every backbone and every detector of configs/coco once, on one image of 640 pixels: minutes on a CPU, and some
+gigabytes of memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+import selftrain_d2  # noqa: F401  (registers every component)
+from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.experiments.benchmark import markdown_table
+from selftrain_d2.modeling.backbone import EFFICIENTNET_NAMES, EfficientNet, batch_norm_builder
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SIZE = 640
+
+BACKBONES = [name for name in EFFICIENTNET_NAMES if "lite" not in name] + ["efficientnet-lite0"]
+# One config of each detector.
+DETECTORS = {
+    "EfficientNet-B0": "coco/one_gpu/efficientnet_b0_S4.yaml",
+    "EfficientNet-B1": "coco/one_gpu/efficientnet_b1_S4.yaml",
+    "EfficientNet-B2": "coco/one_gpu/efficientnet_b2_S4.yaml",
+    "EfficientNet-B3": "coco/one_gpu/efficientnet_b3_S4.yaml",
+    "EfficientNet-B7": "coco/efficientnet_b7/rand_S1.yaml",
+    "ResNet-50": "coco/resnet50/rand_S4.yaml",
+    "ResNet-101": "coco/resnet101/rand_S1.yaml",
+}
+# Folder of configs -> what its table in the paper is about.
+FAMILIES = {
+    "coco/efficientnet_b7": "EfficientNet-B7 (Tables 2 and 3)",
+    "coco/resnet50": "ResNet-50 (Table 4)",
+    "coco/resnet101": "ResNet-101 (Table 12)",
+    "coco/one_gpu": "One GPU (ours)",
+}
+
+
+class DenseOutputs(nn.Module):
+    """The part of a RetinaNet whose work does not depend on what is in the image."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> list[list[torch.Tensor]]:
+        features = self.model.backbone(images)
+        return self.model.head([features[name] for name in self.model.head_in_features])
+
+
+def load_config(name: str) -> CfgNode:
+    """A shipped config, for the CPU."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name), allow_unsafe=False)
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def build_efficientnet(name: str) -> EfficientNet:
+    """Up to C5, without pyramid."""
+    norm = batch_norm_builder("BN", device="cpu")
+    return EfficientNet(name=name, out_features=["res3", "res4", "res5"], norm=norm)
+
+
+def millions_of_parameters(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+
+
+def gflops(model: nn.Module) -> str:
+    """Billions of operations on one image as fvcore counts them: a multiplication with its addition is one."""
+    with torch.no_grad():
+        analysis = FlopCountAnalysis(model.eval(), torch.zeros(1, 3, SIZE, SIZE))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return f"{analysis.total() / 1e9:.1f}"
+
+
+def backbone_table() -> str:
+    models = ((name, build_efficientnet(name)) for name in BACKBONES)
+    return _size_table("backbone", models)
+
+
+def detector_table() -> str:
+    models = ((name, DenseOutputs(build_model(load_config(config)))) for name, config in DETECTORS.items())
+    return _size_table("detector on", models)
+
+
+def _size_table(title: str, models: Iterator[tuple[str, nn.Module]]) -> str:
+    rows = [[name, millions_of_parameters(model), gflops(model)] for name, model in models]
+    return markdown_table([title, "parameters (M)", f"GFLOPs at {SIZE} px"], rows)
+
+
+def results_table(family: str) -> str:
+    """Every config of a folder with its schedule, the AP that the paper has, and room for ours."""
+    rows = []
+    for path in sorted((CONFIGS / family).glob("*.yaml")):
+        cfg = load_config(f"{family}/{path.name}")
+        human, pseudo = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.PSEUDO_IMS_PER_BATCH
+        in_paper = re.search(r"([\d.]+) AP in the paper", path.read_text(encoding="utf-8"))
+        rows.append(
+            [
+                f"[{path.stem}](../configs/{family}/{path.name})",
+                f"{cfg.SOLVER.MAX_ITER:,}",
+                f"{human} + {pseudo}" if pseudo else f"{human}",
+                f"{cfg.SELFTRAIN.ALPHA:g}" if pseudo else "",
+                in_paper.group(1) if in_paper else "",
+                "",
+            ]
+        )
+    return markdown_table(
+        ["config", "steps", "images a step", "alpha", "AP in the paper", "AP of ours"], rows
+    )
+
+
+if __name__ == "__main__":
+    for family, title in FAMILIES.items():
+        print(f"### {title}\n\n{results_table(family)}\n")
+    print(detector_table(), backbone_table(), sep="\n\n")

@@ -1,0 +1,36 @@
+"""Batch norm in RetinaNet's heads."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+
+from selftrain_d2.modeling.backbone.norm import batch_norm_builder, set_batch_norm_constants
+
+
+def set_head_norms(head: RetinaNetHead, cfg: CfgNode) -> None:
+    """Make the batch norms of detectron2's head as MODEL.RETINANET.NORM_* say, in place.
+
+    detectron2's head shares its convolutions between levels and, with norm BN or SyncBN, keeps statistics for
+    each level, but one weight and bias for all (``CycleBatchNormList``). With NORM_AFFINE_PER_LEVEL each level
+    has a whole batch norm of its own, as in [TF]; then weight decay also knows its parameters as a norm's.
+    """
+    keys = cfg.MODEL.RETINANET
+    if keys.NORM_AFFINE_PER_LEVEL:
+        for subnet in (head.cls_subnet, head.bbox_subnet):
+            for index, layer in enumerate(subnet):
+                if isinstance(layer, CycleBatchNormList):
+                    subnet[index] = _own_affine(layer, keys.NORM, cfg.MODEL.DEVICE)
+    set_batch_norm_constants(head, eps=keys.NORM_EPS, momentum=keys.NORM_MOMENTUM)
+
+
+def _own_affine(norms: CycleBatchNormList, kind: str, device: str) -> CycleBatchNormList:
+    builder = batch_norm_builder(kind, device=device)
+    return CycleBatchNormList(
+        len(norms),
+        # `affine=False` is what the list asks of its layers, to add one for all: not here.
+        bn_class=lambda num_features, affine: builder(num_features),
+        num_features=norms[0].num_features,
+        affine=False,
+    )

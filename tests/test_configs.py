@@ -1,0 +1,219 @@
+"""The shipped configs: each loads and builds, and has the paper's figures."""
+
+import json
+import re
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+from selftrain_d2 import add_selftrain_config, build_augmentations
+from selftrain_d2.cli.common import find_config, shipped_configs
+from selftrain_d2.experiments import model_table
+
+STARTING_POINTS = [name for name in shipped_configs() if name.startswith("starting_points/")]
+COCO = [name for name in shipped_configs() if name.startswith("coco/") and "/Base-" not in name]
+STUDENTS = [name for name in COCO if "_selftraining_" in name]
+DOCS = find_config("Base-RetinaNet-EfficientNet-FPN.yaml").parents[1] / "docs" / "model_zoo.md"
+
+B7, R50, R101 = "coco/efficientnet_b7/", "coco/resnet50/", "coco/resnet101/"
+# The paper's steps of each supervised model, and its steps and alpha of each student.
+SUPERVISED = {
+    B7 + "rand_S1": 45000, B7 + "rand_S2": 90000, B7 + "rand_S3": 90000, B7 + "rand_S4": 120000,
+    B7 + "imagenet_S1": 22500, B7 + "imagenet_S2": 45000, B7 + "imagenet_S3": 90000, B7 + "imagenet_S4": 90000,
+    B7 + "rand_S4_20percent": 45000, B7 + "rand_S4_50percent": 90000,
+    B7 + "imagenet_S4_20percent": 5625, B7 + "imagenet_S4_50percent": 22500,
+    B7 + "imagenet_plus_plus_S4_20percent": 5625, B7 + "imagenet_plus_plus_S4_50percent": 11250,
+    B7 + "imagenet_plus_plus_S4": 45000,
+    R50 + "rand_S4": 200000, R50 + "imagenet_S4": 160000, R50 + "simclr_S4": 160000,
+    R101 + "rand_S1": 45000, R101 + "rand_S2": 90000, R101 + "rand_S3": 90000, R101 + "rand_S4": 180000,
+}  # fmt: skip
+SELF_TRAINED = {
+    B7 + "rand_S1_selftraining_imagenet": (45000, 1.0), B7 + "rand_S2_selftraining_imagenet": (90000, 1.0),
+    B7 + "rand_S3_selftraining_imagenet": (90000, 0.5), B7 + "rand_S4_selftraining_imagenet": (90000, 0.5),
+    B7 + "rand_S1_selftraining_openimages": (90000, 3.0), B7 + "rand_S2_selftraining_openimages": (90000, 2.0),
+    B7 + "rand_S3_selftraining_openimages": (90000, 0.5), B7 + "rand_S4_selftraining_openimages": (120000, 0.5),
+    B7 + "rand_S4_20percent_selftraining_imagenet": (90000, 3.0),
+    B7 + "rand_S4_50percent_selftraining_imagenet": (90000, 1.0),
+    B7 + "imagenet_S4_20percent_selftraining_imagenet": (90000, 3.0),
+    B7 + "imagenet_S4_50percent_selftraining_imagenet": (45000, 1.0),
+    B7 + "imagenet_S4_selftraining_imagenet": (90000, 1.0),
+    B7 + "imagenet_plus_plus_S4_20percent_selftraining_imagenet": (90000, 3.0),
+    B7 + "imagenet_plus_plus_S4_50percent_selftraining_imagenet": (45000, 1.0),
+    B7 + "imagenet_plus_plus_S4_selftraining_imagenet": (45000, 0.25),
+    R50 + "rand_S4_selftraining_imagenet": (120000, 0.25),
+    R101 + "rand_S1_selftraining_imagenet": (90000, 1.0), R101 + "rand_S2_selftraining_imagenet": (90000, 1.0),
+    R101 + "rand_S3_selftraining_imagenet": (90000, 0.5), R101 + "rand_S4_selftraining_imagenet": (180000, 0.25),
+}  # fmt: skip
+
+
+def load(*names):
+    """The config of these files, each merged over those before."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    for name in names:
+        cfg.merge_from_file(str(find_config(name)), allow_unsafe=False)
+    return cfg
+
+
+def flat(cfg, prefix=""):
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changes(cfg, other):
+    other = dict(flat(other))
+    return {key for key, value in flat(cfg) if value != other[key]}
+
+
+def test_every_config_builds():
+    """On the meta device: shapes without memory. Configs that describe one model build it once."""
+    built = {}
+    for name in shipped_configs():
+        cfg = load(name)
+        build_augmentations(cfg, is_train=True)
+        if name in STARTING_POINTS:
+            continue
+        cfg.MODEL.DEVICE = "meta"
+        cfg.MODEL.WEIGHTS = ""
+        key = json.dumps(cfg.MODEL)
+        if key not in built:
+            with torch.device("meta"):
+                built[key] = build_model(cfg)
+    assert len(built) >= 9  # the demo's, B0-B3, B7, ResNet-50 with two kinds of input, ResNet-101
+
+
+def test_the_largest_backbone_builds():
+    cfg = load("Base-RetinaNet-EfficientNet-FPN.yaml")
+    cfg.MODEL.EFFICIENTNET.NAME = "efficientnet-l2"
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert sum(p.numel() for p in model.parameters()) > 470e6
+
+
+def test_no_table_of_the_paper_is_left_out():
+    ours = {name[: -len(".yaml")] for name in COCO if "one_gpu" not in name}
+    assert ours == SUPERVISED.keys() | SELF_TRAINED.keys()
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_schedule(name):
+    stem = name[: -len(".yaml")]
+    values = dict(flat(load(name)))
+    expected = {
+        "SOLVER.MOMENTUM": 0.9,
+        "SOLVER.WEIGHT_DECAY": 1e-4,
+        "SOLVER.WARMUP_ITERS": 1000,
+        "SOLVER.WARMUP_FACTOR": 0.01,
+        "SOLVER.RESCALE_INTERVAL": True,
+        "INPUT.AUGMENTATION.POLICY": re.search(r"_(S\d)", stem)[1],
+        "OUTPUT_DIR": f"output/{stem}",
+    }
+    percent = re.search(r"_\d+percent", stem)
+    expected["DATASETS.TRAIN"] = ("coco_2017_train" + (percent[0] if percent else ""),)
+    if "one_gpu" in name:
+        assert values["SOLVER.BASE_LR"] == pytest.approx(0.32 * values["SOLVER.IMS_PER_BATCH"] / 256)
+    else:
+        steps, alpha = SELF_TRAINED.get(stem) or (SUPERVISED[stem], 1.0)
+        expected |= {"SOLVER.MAX_ITER": steps, "SELFTRAIN.ALPHA": alpha}
+        expected |= {"SOLVER.IMS_PER_BATCH": 256, "SOLVER.BASE_LR": 0.32}
+    r101 = name.startswith(R101)
+    expected |= {
+        "INPUT.AUGMENTATION.RANDAUGMENT_MAGNITUDE": 15.0 if r101 else 10.0,
+        "SOLVER.AMP.ENABLED": not r101,
+        "SOLVER.WEIGHT_DECAY_NORM": 1e-4 if r101 else 0.0,
+        "SOLVER.WEIGHT_DECAY_BIAS": None if r101 else 0.0,
+    }
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_arithmetic_in_the_comments(name):
+    cfg = load(name)
+    text = " ".join(find_config(name).read_text(encoding="utf-8").replace("#", " ").split())
+    found = re.search(
+        r"([\d,]+) steps of (?:\d+ = (\d+) human \+ )?(\d+) (?:pseudo )?images: ([\d.]+) epochs of ([\d,]+)",
+        text,
+    )
+    if found is None:  # one_gpu: in its base
+        assert "one_gpu" in name and name not in STUDENTS
+        return
+    steps, human, images, epochs, labeled = found.groups()
+    assert int(steps.replace(",", "")) == cfg.SOLVER.MAX_ITER
+    assert int(human or images) == cfg.SOLVER.IMS_PER_BATCH
+    assert int(images) == (cfg.SOLVER.PSEUDO_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
+    exact = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / int(labeled.replace(",", ""))
+    assert float(epochs) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_follow_their_teacher(name):
+    teacher = load(re.sub(r"_selftraining_\w+", "", name))
+    student = load(name)
+    values = dict(flat(student))
+    assert values["MODEL.WEIGHTS"] == f"{teacher.OUTPUT_DIR}/model_final.pth"
+    assert values["SOLVER.PSEUDO_IMS_PER_BATCH"] == values["SOLVER.IMS_PER_BATCH"]
+    assert values["DATASETS.PSEUDO_TRAIN"] == (re.search(r"_selftraining_([a-z]+)", name)[1] + "_pseudo",)
+    assert changes(student, teacher) <= {
+        "MODEL.WEIGHTS", "DATASETS.PSEUDO_TRAIN", "SOLVER.PSEUDO_IMS_PER_BATCH", "SOLVER.MAX_ITER",
+        "SELFTRAIN.ALPHA", "OUTPUT_DIR",
+    }  # fmt: skip
+
+
+def test_starting_points_change_nothing_but_the_start():
+    assert len(STARTING_POINTS) == 5
+    plain = load(B7 + "rand_S1.yaml")
+    for name in STARTING_POINTS:
+        changed = changes(load(B7 + "rand_S1.yaml", name), plain)
+        assert changed <= {"MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"}
+        assert ("MODEL.WEIGHTS" in changed) == ("rand" not in name)
+
+
+@pytest.mark.parametrize("name", [n for n in COCO if n not in STUDENTS and "one_gpu" not in n])
+def test_models_start_where_their_name_says(name):
+    start = re.match(r"(.*)_S\d", name.rsplit("/", 1)[1])[1]
+    cfg = load(name)
+    if start == "rand":
+        assert cfg.MODEL.WEIGHTS == ""
+    else:
+        model = "resnet50" if name.startswith(R50) else "efficientnet_b7"
+        assert not changes(load(name, f"starting_points/{model}_{start}.yaml"), cfg)
+
+
+def test_the_demo_has_detectron2s_losses_and_heads():
+    """The paper's batch norm and normalizer are for large batches; the demo's has four images."""
+    cfg, default = load("neon_trees/lite0_256.yaml"), load()
+    for key in (
+        "MODEL.FPN.OUTPUT_NORM", "MODEL.FPN.NORM", "MODEL.FPN.NORM_EPS", "MODEL.FPN.NORM_MOMENTUM",
+        "MODEL.RETINANET.NORM", "MODEL.RETINANET.NORM_AFFINE_PER_LEVEL", "MODEL.RETINANET.NORM_EPS",
+        "MODEL.RETINANET.NORM_MOMENTUM", "MODEL.RETINANET.FORCE_BEST_ANCHOR", "MODEL.RETINANET.LOSS_NORMALIZER",
+        "MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", "MODEL.RETINANET.SOFT_NMS_SIGMA",
+        "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "MODEL.ANCHOR_GENERATOR.OFFSET", "SOLVER.RESCALE_INTERVAL",
+        "SOLVER.AMP.ENABLED",
+    ):  # fmt: skip
+        assert dict(flat(cfg))[key] == dict(flat(default))[key], key
+
+
+def test_the_model_zoo_page_is_up_to_date():
+    page = DOCS.read_text(encoding="utf-8")
+    rows = {line.replace(" ", "") for line in page.splitlines()}
+    for family in model_table.FAMILIES:
+        for line in model_table.results_table(family).splitlines():
+            # our AP, when there is one, stands in the last column
+            assert any(row.startswith(line.replace(" ", "").removesuffix("|")) for row in rows), line
+    with torch.device("meta"):
+        models = {name: model_table.build_efficientnet(name) for name in model_table.BACKBONES}
+        for name, config in model_table.DETECTORS.items():
+            cfg = load(config)
+            cfg.MODEL.DEVICE = "meta"
+            models[name] = build_model(cfg)
+    for name, model in models.items():
+        parameters = model_table.millions_of_parameters(model)
+        assert any(row.startswith(f"|{name}|{parameters}|") for row in rows), (name, parameters)
+    for link in re.findall(r"\]\((\.\./configs/[^)]+)\)", page):
+        assert (DOCS.parent / link).exists(), link
