@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
@@ -236,4 +237,6 @@ def build_selftrain_train_loader(
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         worker_init_fn=_one_thread,
+        # Starting the loader draws a number; not from the state that training depends on.
+        generator=torch.Generator().manual_seed(seed),
     )

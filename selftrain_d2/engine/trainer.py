@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.engine.loss_normalizer import LossNormalizer
+from selftrain_d2.engine.resume import RunState
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, check_input_statistics
 
@@ -97,8 +98,8 @@ class SelfTrainingTrainer(DefaultTrainer):
         self.data_loader.batch_sampler.first_batch = self.start_iter
 
     def build_hooks(self) -> list[HookBase]:
-        """DefaultTrainer's hooks after the loss normalizer, whose averages each checkpoint must hold."""
-        return [build_loss_normalizer(self.cfg), *super().build_hooks()]
+        """DefaultTrainer's hooks between ours: each checkpoint must hold this step's averages."""
+        return [build_loss_normalizer(self.cfg), *super().build_hooks(), RunState()]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
@@ -119,6 +120,12 @@ class SelfTrainingTrainer(DefaultTrainer):
         return build_detection_test_loader(
             cfg, dataset_name, mapper=SelfTrainingDatasetMapper(cfg, is_train=False)
         )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict[str, Any]:
+        """As DefaultTrainer's, leaving random states alone: training does not depend on TEST.EVAL_PERIOD."""
+        with torch.random.fork_rng():
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

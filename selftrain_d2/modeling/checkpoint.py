@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
@@ -89,6 +92,39 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # the base forgets this after an exception
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save as the base does, but a process that is killed meanwhile leaves no truncated file behind."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        file = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info(f"Saving checkpoint to {file}")
+        with self.path_manager.open(f"{file}.part", "wb") as part:
+            torch.save({"model": self.model.state_dict(), **state, **kwargs}, part)
+        os.replace(f"{file}.part", file)
+        self.tag_last_checkpoint(os.path.basename(file))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As the base does; where the last checkpoint is damaged, resume from the one before, with a warning.
+
+        Raises:
+            InputError: see :meth:`load`; or every checkpoint in ``save_dir`` is damaged.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=resume)
+        last = self.get_checkpoint_file()
+        files = sorted(glob.glob(os.path.join(self.save_dir, "*.pth")), key=os.path.getmtime, reverse=True)
+        for file in sorted(files, key=lambda file: file != last):
+            try:
+                read_checkpoint(file, self.allow_unsafe)
+            except InputError as error:
+                logger.warning(f"Cannot resume from {file}, trying the one before: {error}")
+            else:
+                return self.load(file)
+        raise InputError(
+            f"No checkpoint in {self.save_dir} can be read (the last was {last}): delete that folder to start anew."
+        )
 
     def _require_file(self, path: str) -> None:
         name = urlparse(path)._replace(query="").geturl()

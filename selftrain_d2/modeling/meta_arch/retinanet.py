@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
@@ -145,7 +146,10 @@ class SelfTrainingRetinaNet(RetinaNet):
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
         """As ``RetinaNet.losses``, whose docstring has the shapes, with the weight and the normalizer asked for."""
-        losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        # TorchScript recompiles a function after its first calls, which changes its rounding: on a CPU, where
+        # that gains nothing, a resumed run would not equal an undisturbed one bit for bit.
+        with torch.jit.optimized_execution(pred_logits[0].is_cuda):
+            losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         losses["loss_box_reg"] = losses["loss_box_reg"] * self.box_reg_loss_weight
         if self.normalize_by_batch:
             positives = sum(((x >= 0) & (x != self.num_classes)).sum() for x in gt_labels)
