@@ -13,11 +13,11 @@ import argparse
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import launch
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.data.datasets import list_images
+from selftrain_d2.engine.launch import run_in_processes
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.generate import generate_pseudo_labels
@@ -58,15 +58,7 @@ def run(args: argparse.Namespace) -> None:
         image_root, file_names = args.images, list_images(args.images)
     else:
         image_root, file_names = _images_of(args.dataset)
-    processes = processes_of(args)
-    launch(
-        _label,
-        processes.num_gpus,
-        processes.num_machines,
-        processes.machine_rank,
-        processes.dist_url,
-        args=(cfg, image_root, file_names, args),
-    )
+    run_in_processes(_label, processes_of(args), (cfg, image_root, file_names, args))
 
 
 def _label(cfg, image_root, file_names, args) -> None:

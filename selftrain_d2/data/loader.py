@@ -36,6 +36,8 @@ class MixedBatchSampler(Sampler):
         batch_sizes: images of each source per batch of this process.
         groups: for each source the group of every image, or None. A batch takes the images of a source
             from one group only (aspect-ratio grouping).
+
+    Attributes:
         first_batch: batches to leave out at the start. Training resumed at step n continues with batch n.
     """
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def train(
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: one by default.
     """
-    _launch(_train, processes, (cfg, datasets, resume, allow_unsafe))
+    run_in_processes(_train, processes, (cfg, datasets, resume, allow_unsafe))
 
 
 def evaluate(
@@ -93,10 +93,11 @@ def evaluate(
     processes: Processes | None = None,
 ) -> None:
     """Evaluate MODEL.WEIGHTS on DATASETS.TEST and log the results."""
-    _launch(_evaluate, processes, (cfg, datasets, allow_unsafe))
+    run_in_processes(_evaluate, processes, (cfg, datasets, allow_unsafe))
 
 
-def _launch(main, processes: Processes | None, arguments: tuple) -> None:
+def run_in_processes(main: Callable[..., Any], processes: Processes | None, arguments: tuple) -> None:
+    """Call ``main(*arguments)`` in every process; in this one where there is only one (None)."""
     p = processes or Processes()
     launch(main, p.num_gpus, p.num_machines, p.machine_rank, p.dist_url, args=arguments)
 

@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import launch
 
 from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco_class_names, list_images
 from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
-from selftrain_d2.engine.launch import RESULTS, DatasetSpec, Processes, human_labels, pseudo_labels, train
+from selftrain_d2.engine.launch import (
+    RESULTS,
+    DatasetSpec,
+    Processes,
+    human_labels,
+    pseudo_labels,
+    run_in_processes,
+    train,
+)
 from selftrain_d2.engine.summary import write_summary
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json, write_json
@@ -234,14 +241,8 @@ class _Loop:
         cfg.MODEL.WEIGHTS = teacher["weights"]
         logger.info(f"Labeling {self.data.unlabeled_images} with {teacher['weights']}")
         names = list_images(self.data.unlabeled_images)
-        p = self.processes
-        launch(
-            _label,
-            p.num_gpus,
-            p.num_machines,
-            p.machine_rank,
-            p.dist_url,
-            args=(cfg, self.data.unlabeled_images, names, str(folder), self.score_floor),
+        run_in_processes(
+            _label, self.processes, (cfg, self.data.unlabeled_images, names, str(folder), self.score_floor)
         )
         manifest = read_manifest(folder)
         threshold = self.cfg.SELFTRAIN.SCORE_THRESH

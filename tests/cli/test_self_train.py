@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import SMALL_MODEL, make_coco_set
 
+from selftrain_d2 import load_pseudo_labels
 from selftrain_d2.cli import main
 
 STEPS = ["SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SELFTRAIN.SCORE_THRESH", "0.005"]
@@ -70,6 +71,30 @@ def test_the_loop(command, tmp_path, capsys):
     assert main([*command, "SOLVER.BASE_LR", "0.5"]) == 2
     error = capsys.readouterr().err
     assert re.search(r"teacher was begun with another SOLVER.BASE_LR: 0\.01 there, 0\.5 now", error), error
+
+
+def test_label_and_evaluate_as_commands_of_their_own(command, tmp_path, capsys):
+    """The teacher of the loop, by hand: `label` on a folder, `train --eval-only` on a COCO file."""
+    command.remove("--control")
+    assert main(command) == 0
+    options = dict(zip(command[1::2], command[2::2]))
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "output" / "teacher" / "model_final.pth")]
+    config = ["--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml"]
+
+    images = ["--images", options["--unlabeled-images"], "--output", str(tmp_path / "labels")]
+    assert main(["label", *config, *images, "--score-floor", "0.001", *SMALL_MODEL, *weights]) == 0
+    ours, loops = tmp_path / "labels", tmp_path / "output" / "pseudo_labels"
+    assert load_pseudo_labels(ours, 0.001) == load_pseudo_labels(loops, 0.001)
+    assert json.loads((ours / "manifest.json").read_text())["thing_classes"] == ["red", "green"]
+
+    capsys.readouterr()
+    validation = ["--human-labels", "validation", options["--val-json"], options["--val-images"]]
+    keys = ["DATASETS.TEST", "('validation',)", "OUTPUT_DIR", str(tmp_path / "evaluation")]
+    assert main(["train", "--eval-only", *config, *validation, *SMALL_MODEL, *weights, *keys]) == 0
+    expected = json.loads((tmp_path / "output" / "summary.json").read_text())["stages"]["teacher"]["metrics"]
+    # detectron2 gives NaN where nothing was detected, which JSON has as null
+    value = float("nan") if expected["bbox"]["AP50"] is None else expected["bbox"]["AP50"]
+    assert f"AP50 {value:.2f}" in capsys.readouterr().out
 
 
 def test_killed_and_started_again(command, tmp_path):
