@@ -17,9 +17,8 @@ def log_to_console() -> None:
 
     detectron2's own set-up also prints environment, config and model; here those go to the log file.
     """
-    warnings.filterwarnings(
-        "ignore", message="torch.meshgrid"
-    )  # of detectron2's anchors; nothing to do about
+    # Comes from detectron2's anchors; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
     handler.addFilter(_is_progress)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +14,12 @@ from selftrain_d2.errors import InputError
 
 #: The two sources of labels, in the order of every pair in this package.
 LABEL_SOURCES = ("human", "pseudo")
+
+
+def model_of(trainer: TrainerBase) -> torch.nn.Module:
+    """A trainer's model, without the wrapper for several processes."""
+    model = trainer.model
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class LossNormalizer(HookBase):
@@ -31,7 +37,7 @@ class LossNormalizer(HookBase):
     In the first step, before any loss was seen, the ratio is 1. The averages start at the first losses.
 
     The trainer's model must have the two attributes of
-    :class:`~selftrain_d2.modeling.meta_arch.SelfTrainingRetinaNet`: ``loss_weights`` and ``raw_losses``.
+    :class:`~selftrain_d2.modeling.meta_arch.LossesBySource`: ``loss_weights`` and ``raw_losses``.
     The trainer itself may be any of detectron2's (SimpleTrainer, AMPTrainer, DefaultTrainer) or your own.
 
     Args:
@@ -83,18 +89,18 @@ class LossNormalizer(HookBase):
     # ---- as a hook --------------------------------------------------------------------------------
 
     def before_train(self) -> None:
-        if not hasattr(self._model(), "raw_losses"):
+        model = model_of(self.trainer)
+        if not hasattr(model, "raw_losses"):
             raise InputError(
-                f"{type(self._model()).__name__} does not keep human and pseudo losses apart: set "
-                "MODEL.META_ARCHITECTURE to SelfTrainingRetinaNet, or MODEL.WEIGHTS of a model that has "
-                "`loss_weights` and `raw_losses`."
+                f"{type(model).__name__} does not keep human and pseudo losses apart: put SelfTraining "
+                "before the name in MODEL.META_ARCHITECTURE, or mix LossesBySource into a class of your own."
             )
 
     def before_step(self) -> None:
-        self._model().loss_weights = self.weights
+        model_of(self.trainer).loss_weights = self.weights
 
     def after_step(self) -> None:
-        raw = self._model().raw_losses
+        raw = model_of(self.trainer).raw_losses
         if raw["pseudo"] is None:  # a supervised step: nothing to balance
             return
         # Every process must hold the same averages, or their gradients would be weighed differently.
@@ -103,7 +109,7 @@ class LossNormalizer(HookBase):
             torch.distributed.all_reduce(losses)
             losses /= comm.get_world_size()
         human_loss, pseudo_loss = losses.tolist()
-        human_weight, pseudo_weight = self._model().loss_weights
+        human_weight, pseudo_weight = model_of(self.trainer).loss_weights
         try:
             self.update(human_loss, pseudo_loss)
         except FloatingPointError as error:
@@ -117,10 +123,6 @@ class LossNormalizer(HookBase):
             pseudo_loss_weight=pseudo_weight,
             smoothing_hint=False,
         )
-
-    def _model(self) -> torch.nn.Module:
-        model = self.trainer.model
-        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def state_dict(self) -> dict[str, Any]:
         """Both moving averages; None before the first step."""

@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 LABELED, PSEUDO, VALIDATION = "selftrain_labeled", "selftrain_pseudo", "selftrain_validation"
 STAGE = "stage.json"
-SUMMARY = "summary.json"
 
 # Where and how fast a stage runs, and how often it saves, does not change what it makes.
 _KEYS_WITHOUT_EFFECT = (

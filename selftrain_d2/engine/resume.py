@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from torch.nn.parallel import DistributedDataParallel
+
+from selftrain_d2.engine.loss_normalizer import model_of
 
 
 class RunState(HookBase):
@@ -25,7 +26,7 @@ class RunState(HookBase):
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        averages = getattr(self._model(), "positive_anchor_averages", {})
+        averages = getattr(model_of(self.trainer), "positive_anchor_averages", {})
         state = {"cpu": torch.get_rng_state(), "positive_anchor_averages": dict(averages)}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
@@ -39,12 +40,8 @@ class RunState(HookBase):
             return
         state, self._loaded = self._loaded, None
         if state["positive_anchor_averages"]:
-            self._model().positive_anchor_averages = dict(state["positive_anchor_averages"])
+            model_of(self.trainer).positive_anchor_averages = dict(state["positive_anchor_averages"])
         if comm.get_rank() == 0:  # processes draw apart: one state for all would tie them
             torch.set_rng_state(state["cpu"])
             if "cuda" in state and torch.cuda.is_available():
                 torch.cuda.set_rng_state(state["cuda"])
-
-    def _model(self) -> torch.nn.Module:
-        model = self.trainer.model
-        return model.module if isinstance(model, DistributedDataParallel) else model

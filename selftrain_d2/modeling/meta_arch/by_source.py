@@ -45,21 +45,34 @@ class LossesBySource:
         """
         if not self.training:
             return super().forward(batched_inputs)
-        parts = {"human": [], "pseudo": []}
+        parts: dict[str, list[dict]] = {"human": [], "pseudo": []}
         for sample in batched_inputs:
             parts[sample.get("label_source", "human")].append(sample)
-        self.raw_losses = {"human": None, "pseudo": None}
-        weighted = {}
-        for (source, part), weight in zip(parts.items(), self.loss_weights):
-            if not part:
-                continue
-            with get_event_storage().name_scope(source):
-                losses = super().forward(part)
-            self.raw_losses[source] = sum(losses.values()).detach()
-            if not parts["pseudo"]:
-                return losses
-            weighted.update({f"{name}_{source}": weight * loss for name, loss in losses.items()})
-        return weighted
+        losses = {}
+        for source, part in parts.items():
+            if part:
+                with get_event_storage().name_scope(source):
+                    losses[source] = super().forward(part)
+        return self.weighted(losses)
+
+    def weighted(self, losses: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Remember the raw losses, and give the losses that ``forward`` returns.
+
+        Args:
+            losses: the unweighted losses by name, of each source that the batch has.
+        """
+        self.raw_losses = {
+            source: sum(losses[source].values()).detach() if source in losses else None
+            for source in ("human", "pseudo")
+        }
+        if "pseudo" not in losses:
+            return losses["human"]
+        weights = dict(zip(("human", "pseudo"), self.loss_weights))
+        return {
+            f"{name}_{source}": weights[source] * loss
+            for source, of_source in losses.items()
+            for name, loss in of_source.items()
+        }
 
 
 def _register(architecture: type[nn.Module]) -> type[nn.Module]:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.matcher import BestAnchorMatcher
+from selftrain_d2.modeling.meta_arch.by_source import LossesBySource
 from selftrain_d2.modeling.meta_arch.retinanet_head import set_head_norms
 from selftrain_d2.modeling.soft_nms import soft_nms
 
 
 @META_ARCH_REGISTRY.register()
-class SelfTrainingRetinaNet(RetinaNet):
+class SelfTrainingRetinaNet(LossesBySource, RetinaNet):
     """detectron2's RetinaNet over a batch of human-labeled and pseudo-labeled images.
 
     The whole batch goes through the network at once, so batch norm sees the mixed batch as in the paper.
@@ -27,11 +28,7 @@ class SelfTrainingRetinaNet(RetinaNet):
     config keys, inference and training on a batch without pseudo labels are those of RetinaNet;
     configs/Base-RetinaNet-EfficientNet-FPN.yaml sets them to the paper's.
 
-    Attributes:
-        loss_weights: weights (human, pseudo) of the losses that ``forward`` returns.
-            :class:`~selftrain_d2.engine.LossNormalizer` sets them before every step.
-        raw_losses: the last step's unweighted loss of each source, a scalar tensor, or None where the
-            batch had no image of that source.
+    ``loss_weights`` and ``raw_losses`` are those of :class:`LossesBySource`.
     """
 
     @configurable
@@ -60,8 +57,6 @@ class SelfTrainingRetinaNet(RetinaNet):
         self.normalize_by_batch = normalize_by_batch
         self.box_reg_loss_weight = box_reg_loss_weight
         self.soft_nms_sigma = soft_nms_sigma
-        self.loss_weights: tuple[float, float] = (1.0, 1.0)
-        self.raw_losses: dict[str, Tensor | None] = {"human": None, "pseudo": None}
         # Moving average of positive anchors of each source; see `_losses_of`.
         self.positive_anchor_averages = {"human": 100.0, "pseudo": 100.0}
 
@@ -105,25 +100,19 @@ class SelfTrainingRetinaNet(RetinaNet):
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
 
         sources = [x.get("label_source", "human") for x in batched_inputs]
-        self.raw_losses = {"human": None, "pseudo": None}
-        weighted = {}
-        for source, weight in zip(("human", "pseudo"), self.loss_weights):
+        losses = {}
+        for source in ("human", "pseudo"):
             index = [i for i, s in enumerate(sources) if s == source]
-            if not index:
-                continue
-            losses = self._losses_of(
-                source,
-                anchors,
-                [x[index] for x in pred_logits],
-                [gt_labels[i] for i in index],
-                [x[index] for x in pred_anchor_deltas],
-                [gt_boxes[i] for i in index],
-            )
-            self.raw_losses[source] = sum(losses.values()).detach()
-            if "pseudo" not in sources:
-                return losses
-            weighted.update({f"{name}_{source}": weight * loss for name, loss in losses.items()})
-        return weighted
+            if index:
+                losses[source] = self._losses_of(
+                    source,
+                    anchors,
+                    [x[index] for x in pred_logits],
+                    [gt_labels[i] for i in index],
+                    [x[index] for x in pred_anchor_deltas],
+                    [gt_boxes[i] for i in index],
+                )
+        return self.weighted(losses)
 
     def _losses_of(self, source: str, *args) -> dict[str, Tensor]:
         """``RetinaNet.losses`` with the positive-anchor average of one source.
