@@ -81,7 +81,12 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # Pseudo-labeled images per step over all processes, beside SOLVER.IMS_PER_BATCH human-labeled ones.
     cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
 
-    # ---- Mixed precision ------------------------------------------------------------------------
+    # ---- The training step ----------------------------------------------------------------------
+    # Split the images of a step into so many parts that pass through the model one after the other, for a
+    # batch larger than memory. Images per step, learning rate and schedule stay as they are.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Steps of a run that may be left out because a loss is NaN or infinite; one more stops the run.
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 0
     # float16 (detectron2's) or bfloat16, where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
@@ -89,11 +94,23 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN = CfgNode()
     # Weight of the pseudo loss relative to the human loss.
     cfg.SELFTRAIN.ALPHA = 1.0
+    # Alpha rises linearly from 0 over these steps. 0: constant, as in the paper.
+    cfg.SELFTRAIN.ALPHA_WARMUP_ITERS = 0
     # True: (L_h + alpha * avg(L_h) / avg(L_p) * L_p) / (1 + alpha). False: L_h + alpha * L_p.
     cfg.SELFTRAIN.NORMALIZE_LOSS = True
     # Decay per step of the moving averages of both losses.
     cfg.SELFTRAIN.EMA_DECAY = 0.9997
     # Pseudo boxes below this score are not trained on. Applied when labels are loaded, not when written.
     cfg.SELFTRAIN.SCORE_THRESH = 0.5
+    # Warn while a smaller share of the pseudo-labeled images has a box.
+    cfg.SELFTRAIN.MIN_NONEMPTY_SHARE = 0.05
+    # Warn while pseudo-labeled images have more than so many times the boxes of human-labeled ones, per image.
+    cfg.SELFTRAIN.MAX_BOXES_RATIO = 4.0
+    # Decay of a moving average of the weights that is evaluated, and is the next teacher. 0: none, as in the
+    # paper.
+    cfg.SELFTRAIN.WEIGHT_EMA_DECAY = 0.0
+    # What the student (and the control) starts from: "teacher" (the paper's), "random", or a checkpoint.
+    # Table 10 compares the first two. A larger student (SELFTRAIN.STUDENT) cannot take the teacher's weights.
+    cfg.SELFTRAIN.STUDENT_WEIGHTS = "teacher"
     # KEY, VALUE, KEY, VALUE, ... merged into the config for the student's training alone, e.g. its schedule.
     cfg.SELFTRAIN.STUDENT = ()

@@ -17,6 +17,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from selftrain_d2 import add_selftrain_config
 from selftrain_d2.cli.common import find_config
+from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
+from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
 
 torch.set_num_threads(2)
 COLOURS = {"red": (40, 40, 220), "green": (40, 220, 40)}  # BGR, as OpenCV writes
@@ -78,6 +80,25 @@ def small_config():
     add_selftrain_config(cfg)
     cfg.merge_from_file(str(find_config("Base-RetinaNet-EfficientNet-FPN.yaml")), allow_unsafe=False)
     cfg.merge_from_list(SMALL_MODEL)
+    return cfg
+
+
+@pytest.fixture
+def student_config(small_config, coco_set, tmp_path):
+    """A student whose pseudo labels are two of the images, one with a box."""
+    register_human_labels("human", coco_set.json_file, coco_set.images)
+    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": coco_set.images}
+    writer = PseudoLabelWriter(tmp_path / "pseudo", identity, ["001.png", "002.png"])
+    row = make_row("001.png", 96, 96, [[10, 10, 60, 60]], [0.9], [0])
+    writer.write_shard(0, [row, make_row("002.png", 96, 96)])
+    writer.finish()
+    register_pseudo_labels("pseudo", tmp_path / "pseudo")
+    cfg = small_config
+    cfg.DATASETS.TRAIN, cfg.DATASETS.PSEUDO_TRAIN, cfg.DATASETS.TEST = ("human",), ("pseudo",), ()
+    cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 1
+    cfg.SOLVER.MAX_ITER = 4
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
     return cfg
 
 

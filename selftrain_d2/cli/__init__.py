@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "train_net",
     "label": "generate_pseudo_labels",
     "self-train": "self_train",
+    "replay": "replay_batch",
+    "plot-metrics": "plot_metrics",
     "convert": "convert_weights",
     "prepare-neon-trees": "prepare_neon_trees",
     "visualize-augmentations": "visualize_augmentations",
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its arguments; ``sys.argv[1:]`` if None.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the user's input (one sentence on standard error).
+        The exit status: 0; 2 for a mistake in the user's input, 1 for a loss that was not finite (one sentence
+        on standard error); 130 when interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
@@ -55,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"selftrain-d2 {name}: stopped; the same command goes on from here", file=sys.stderr)
         return 130

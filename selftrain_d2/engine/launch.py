@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
+from torch.multiprocessing import ProcessRaisedException
 
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
+from selftrain_d2.data.pseudo_label_selection import selection_from_config
+from selftrain_d2.data.pseudo_label_store import read_manifest
 from selftrain_d2.engine.logs import log_to_console, log_to_file
+from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
+from selftrain_d2.errors import InputError
 from selftrain_d2.files import write_json
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
 
@@ -46,9 +55,10 @@ def human_labels(name: str, json_file: str, image_root: str) -> DatasetSpec:
     return name, register_human_labels, (os.path.abspath(json_file), os.path.abspath(image_root))
 
 
-def pseudo_labels(name: str, folder: str, score_thresh: float) -> DatasetSpec:
-    """A pseudo-label folder, for :func:`registered`."""
-    return name, register_pseudo_labels, (os.path.abspath(folder), score_thresh)
+def pseudo_labels(name: str, folder: str, cfg: CfgNode) -> DatasetSpec:
+    """A pseudo-label folder, for :func:`registered`, with the boxes that SELFTRAIN.* selects."""
+    selection = selection_from_config(cfg, read_manifest(folder)["thing_classes"])
+    return name, functools.partial(register_pseudo_labels, **selection), (os.path.abspath(folder),)
 
 
 @contextlib.contextmanager
@@ -97,9 +107,56 @@ def evaluate(
 
 
 def run_in_processes(main: Callable[..., Any], processes: Processes | None, arguments: tuple) -> None:
-    """Call ``main(*arguments)`` in every process; in this one where there is only one (None)."""
+    """Call ``main(*arguments)`` in every process; in this one where there is only one (None).
+
+    Under torchrun the processes are there already: this one joins them.
+
+    Raises:
+        InputError, NonFiniteLossError: as ``main`` raised it in any process.
+        InputError: torchrun and ``processes`` both ask for several.
+    """
     p = processes or Processes()
-    launch(main, p.num_gpus, p.num_machines, p.machine_rank, p.dist_url, args=arguments)
+    if torch.distributed.is_torchelastic_launched():
+        if p.num_gpus * p.num_machines > 1:
+            raise InputError(
+                "torchrun starts the processes itself: leave out --num-gpus and --num-machines, or torchrun."
+            )
+        _join_torchrun()
+        main(*arguments)
+        comm.synchronize()
+        return
+    if p.num_machines > 1 and p.dist_url == "auto":
+        raise InputError(
+            "Several machines need --dist-url, the address of machine 0, e.g. tcp://10.0.0.1:29500."
+        )
+    if torch.cuda.is_available() and p.num_gpus > torch.cuda.device_count():
+        raise InputError(f"--num-gpus is {p.num_gpus}, this machine has {torch.cuda.device_count()}.")
+    try:
+        launch(main, p.num_gpus, p.num_machines, p.machine_rank, p.dist_url, args=arguments)
+    except ProcessRaisedException as error:
+        # A child's traceback comes as text; what is one sentence there stays one here.
+        for kind in (InputError, NonFiniteLossError):
+            found = re.search(rf"^{kind.__module__}\.{kind.__name__}: (.*)", str(error), re.MULTILINE)
+            if found:
+                raise kind(found.group(1)) from error
+        raise
+
+
+def in_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _join_torchrun() -> None:
+    """What ``detectron2.engine.launch`` does in each process that it starts, with torchrun's addresses."""
+    if torch.distributed.is_initialized():
+        return
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=DEFAULT_TIMEOUT)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ def log_to_console() -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
     handler.addFilter(_is_progress)
+    if int(os.environ.get("RANK", 0)):  # torchrun's other processes: their log files have the rest
+        handler.setLevel(logging.ERROR)
     for logger in _configured():
         logger.handlers = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
         logger.addHandler(handler)

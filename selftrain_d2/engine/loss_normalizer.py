@@ -11,9 +11,7 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from selftrain_d2.errors import InputError
-
-#: The two sources of labels, in the order of every pair in this package.
-LABEL_SOURCES = ("human", "pseudo")
+from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES
 
 
 def model_of(trainer: TrainerBase) -> torch.nn.Module:
@@ -44,25 +42,44 @@ class LossNormalizer(HookBase):
         alpha: weight of the pseudo loss, >= 0. The paper uses 0.25 - 4.
         ema_decay: decay per step of the moving averages, in [0, 1). The paper uses 0.9997.
         normalize: False for the plain sum.
+        warmup_steps: alpha rises linearly from 0 over these steps (a ramp-up, as in Laine and Aila,
+            arXiv:1610.02242). 0, the paper's: constant.
     """
 
-    def __init__(self, alpha: float = 1.0, ema_decay: float = 0.9997, normalize: bool = True):
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        ema_decay: float = 0.9997,
+        normalize: bool = True,
+        warmup_steps: int = 0,
+    ):
         if not (math.isfinite(alpha) and alpha >= 0):
             raise InputError(f"SELFTRAIN.ALPHA must be a number >= 0, not {alpha}.")
         if not 0 <= ema_decay < 1:
             raise InputError(f"SELFTRAIN.EMA_DECAY must be in [0, 1), not {ema_decay}.")
+        if warmup_steps < 0:
+            raise InputError(f"SELFTRAIN.ALPHA_WARMUP_ITERS must be >= 0, not {warmup_steps}.")
         self.alpha = float(alpha)
         self.ema_decay = float(ema_decay)
         self.normalize = bool(normalize)
+        self.warmup_steps = int(warmup_steps)
+        #: steps seen: calls of :meth:`update`
+        self.steps = 0
         self.human_average: float | None = None
         self.pseudo_average: float | None = None
 
     @property
+    def current_alpha(self) -> float:
+        """Alpha of the next step."""
+        return self.alpha * min(1.0, self.steps / self.warmup_steps) if self.warmup_steps else self.alpha
+
+    @property
     def weights(self) -> tuple[float, float]:
         """Weights (human, pseudo) of the next step's raw losses."""
+        alpha = self.current_alpha
         if not self.normalize:
-            return 1.0, self.alpha
-        return 1 / (1 + self.alpha), self.alpha * self.ratio / (1 + self.alpha)
+            return 1.0, alpha
+        return 1 / (1 + alpha), alpha * self.ratio / (1 + alpha)
 
     @property
     def ratio(self) -> float:
@@ -82,6 +99,7 @@ class LossNormalizer(HookBase):
                 raise FloatingPointError(f"The {source} loss is {loss}.")
         self.human_average = self._moved(self.human_average, float(human_loss))
         self.pseudo_average = self._moved(self.pseudo_average, float(pseudo_loss))
+        self.steps += 1
 
     def _moved(self, average: float | None, value: float) -> float:
         return value if average is None else self.ema_decay * average + (1 - self.ema_decay) * value
@@ -101,7 +119,7 @@ class LossNormalizer(HookBase):
 
     def after_step(self) -> None:
         raw = model_of(self.trainer).raw_losses
-        if raw["pseudo"] is None:  # a supervised step: nothing to balance
+        if raw["pseudo"] is None:  # a supervised step, or one that was left out: nothing to balance
             return
         # Every process must hold the same averages, or their gradients would be weighed differently.
         losses = torch.stack([raw["human"], raw["pseudo"]]).detach().double()
@@ -110,6 +128,7 @@ class LossNormalizer(HookBase):
             losses /= comm.get_world_size()
         human_loss, pseudo_loss = losses.tolist()
         human_weight, pseudo_weight = model_of(self.trainer).loss_weights
+        alpha, ratio = self.current_alpha, self.ratio  # those that the step was weighed with
         try:
             self.update(human_loss, pseudo_loss)
         except FloatingPointError as error:
@@ -121,14 +140,23 @@ class LossNormalizer(HookBase):
             pseudo_loss_average=self.pseudo_average,
             human_loss_weight=human_weight,
             pseudo_loss_weight=pseudo_weight,
+            weighted_human_loss=human_weight * human_loss,
+            weighted_pseudo_loss=pseudo_weight * pseudo_loss,
+            loss_ratio=ratio,
+            alpha=alpha,
             smoothing_hint=False,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Both moving averages; None before the first step."""
-        return {"human_average": self.human_average, "pseudo_average": self.pseudo_average}
+        """Both moving averages (None before the first step) and the number of steps."""
+        return {
+            "human_average": self.human_average,
+            "pseudo_average": self.pseudo_average,
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the averages of :meth:`state_dict`."""
+        """Take what :meth:`state_dict` gave."""
         self.human_average = state["human_average"]
         self.pseudo_average = state["pseudo_average"]
+        self.steps = state["steps"]

@@ -15,17 +15,20 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco_class_names, list_images
+from selftrain_d2.data.pseudo_label_selection import selection_from_config
 from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,
     Processes,
     human_labels,
+    in_torchrun,
     pseudo_labels,
     run_in_processes,
     train,
 )
 from selftrain_d2.engine.summary import write_summary
+from selftrain_d2.engine.trainer import WEIGHT_AVERAGE
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json, write_json
 from selftrain_d2.labeling.generate import generate_pseudo_labels
@@ -44,6 +47,9 @@ _KEYS_WITHOUT_EFFECT = (
     "MODEL.WEIGHTS",  # by its hash instead
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
+    "SELFTRAIN.MIN_NONEMPTY_SHARE",
+    "SELFTRAIN.MAX_BOXES_RATIO",
+    "SELFTRAIN.STUDENT_WEIGHTS",  # by their hash as well
     "VERSION",
 )
 
@@ -104,14 +110,15 @@ def self_train(
     goes on. ``summary.json`` and ``summary.md`` come last.
 
     Args:
-        cfg: config of the teacher. The student has the same but for SELFTRAIN.STUDENT, starts from the
-            teacher's weights (paper, Section 3 and Table 10), and sees SOLVER.PSEUDO_IMS_PER_BATCH pseudo
-            images a step; where that is 0, as many as human ones (the paper's half and half).
+        cfg: config of the teacher. The student has the same but for SELFTRAIN.STUDENT, starts from
+            SELFTRAIN.STUDENT_WEIGHTS (the teacher's in the paper, Section 3 and Table 10), and sees
+            SOLVER.PSEUDO_IMS_PER_BATCH pseudo images a step; where that is 0, as many as human ones (the
+            paper's half and half).
         data: the images and labels.
         rounds: with N > 1 the student becomes the next teacher, N - 1 times; those stages are in
             ``round_2/``, ...
-        control: also train the teacher on for the student's steps on human labels alone. What the student
-            gains over this control is what the unlabeled images gave.
+        control: also train, from the weights that the student started from, for its steps on human labels
+            alone. What the student gains over this control is what the unlabeled images gave.
         score_floor: pseudo boxes of a lower score are not even written.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: of training and labeling; one by default.
@@ -120,8 +127,14 @@ def self_train(
         The summary.
 
     Raises:
-        InputError: the data has a fault, or a stage under ``output`` was made with other settings.
+        InputError: the data has a fault, a stage under ``output`` was made with other settings, or several
+            machines were asked for.
     """
+    if in_torchrun() or (processes is not None and processes.num_machines > 1):
+        raise InputError(
+            "self-train runs on one machine and starts its own processes: use --num-gpus without torchrun, or run "
+            "its stages (train, label, train) on several machines, as docs/training.md shows."
+        )
     classes = data.check()
     if rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {rounds}.")
@@ -135,7 +148,7 @@ def self_train(
         student = loop.train(
             f"{prefix}student",
             loop.student_config(teacher),
-            pseudo_labels(PSEUDO, labels["folder"], cfg.SELFTRAIN.SCORE_THRESH),
+            pseudo_labels(PSEUDO, labels["folder"], cfg),
         )
         stages[f"{prefix}student"] = teacher = student
     if control:
@@ -190,15 +203,16 @@ class _Loop:
         """The student's schedule without pseudo labels."""
         cfg = self.teacher_config()
         cfg.merge_from_list(list(cfg.SELFTRAIN.STUDENT))
-        cfg.MODEL.WEIGHTS = teacher["weights"]
+        start = cfg.SELFTRAIN.STUDENT_WEIGHTS
+        cfg.MODEL.WEIGHTS = {"teacher": teacher["weights"], "random": ""}.get(start, start)
         return cfg
 
     def config_of(self, stage: str) -> CfgNode:
-        """The config that a finished training stage was run with."""
+        """The config that a finished training stage was run with, and the weights it made."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.merge_from_file(str(self.output / stage / "config.yaml"))
-        cfg.MODEL.WEIGHTS = str(self.output / stage / "model_final.pth")
+        cfg.MODEL.WEIGHTS = str(self.output / stage / _final_weights(cfg))
         return cfg
 
     def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:
@@ -223,7 +237,8 @@ class _Loop:
                 processes=self.processes,
             )
             return {
-                "weights": str(self.output / stage / "model_final.pth"),
+                "stage": stage,
+                "weights": str(self.output / stage / _final_weights(cfg)),
                 "steps": cfg.SOLVER.MAX_ITER,
                 "human_images_per_step": cfg.SOLVER.IMS_PER_BATCH,
                 "pseudo_images_per_step": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
@@ -236,31 +251,35 @@ class _Loop:
     def label(self, stage: str, teacher: dict[str, Any]) -> dict[str, Any]:
         """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
         folder = self.output / stage
-        cfg = self.teacher_config()
-        cfg.MODEL.WEIGHTS = teacher["weights"]
+        cfg = self.config_of(teacher["stage"])
         logger.info(f"Labeling {self.data.unlabeled_images} with {teacher['weights']}")
         names = list_images(self.data.unlabeled_images)
         run_in_processes(
             _label, self.processes, (cfg, self.data.unlabeled_images, names, str(folder), self.score_floor)
         )
         manifest = read_manifest(folder)
-        threshold = self.cfg.SELFTRAIN.SCORE_THRESH
-        dicts = load_pseudo_labels(folder, threshold)
-        boxes = sum(len(d["annotations"]) for d in dicts)
-        if not boxes:
+        selection = selection_from_config(self.cfg, manifest["thing_classes"])
+        boxes = load_pseudo_labels(folder, **selection).box_counts
+        if not boxes.any():
             raise InputError(
-                f"No pseudo label of {folder} has a score of {threshold} or more, so the student would learn that "
-                "everything is background: train the teacher longer, or lower SELFTRAIN.SCORE_THRESH."
+                f"No pseudo label of {folder} has a score of {selection['score_thresh']} or more, so the student "
+                "would learn that everything is background: train the teacher longer, or lower "
+                "SELFTRAIN.SCORE_THRESH."
             )
         return {
             "folder": str(folder),
             "images": manifest["listed"],
             "skipped": len(manifest["skipped"]),
-            "images_with_boxes": sum(bool(d["annotations"]) for d in dicts),
-            "boxes": boxes,
+            "images_with_boxes": int((boxes > 0).sum()),
+            "boxes": int(boxes.sum()),
             "boxes_above_floor": manifest["boxes"],
             "seconds": manifest["seconds_of_last_run"],
         }
+
+
+def _final_weights(cfg: CfgNode) -> str:
+    """What a training run leaves to label with, below its OUTPUT_DIR."""
+    return WEIGHT_AVERAGE if cfg.SELFTRAIN.WEIGHT_EMA_DECAY else "model_final.pth"
 
 
 def _label(cfg: CfgNode, images: str, names: list[str], folder: str, score_floor: float) -> None:
@@ -299,8 +318,12 @@ def _run_stage(folder: Path, settings: dict[str, Any], work: Callable[[], dict[s
 def _settings(cfg: CfgNode) -> dict[str, Any]:
     """Every config key that a training run's result depends on, flat, as JSON reads it back."""
     flat = {key: value for key, value in _flat(cfg).items() if key not in _KEYS_WITHOUT_EFFECT}
-    if not cfg.DATASETS.PSEUDO_TRAIN:
-        flat = {key: value for key, value in flat.items() if not key.startswith("SELFTRAIN.")}
+    if not cfg.DATASETS.PSEUDO_TRAIN:  # of the keys of self-training, supervised training knows one
+        flat = {
+            key: value
+            for key, value in flat.items()
+            if not key.startswith("SELFTRAIN.") or key == "SELFTRAIN.WEIGHT_EMA_DECAY"
+        }
     return json.loads(json.dumps(flat))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -12,36 +13,38 @@ from selftrain_d2.engine.loss_normalizer import model_of
 
 
 class RunState(HookBase):
-    """Keeps torch's random states and the model's own moving averages in every checkpoint.
+    """Seeds every step, and keeps the model's own moving averages in every checkpoint.
 
-    With it, a fixed SEED, and a loader that continues at the step where training stopped
+    A step's random numbers (drop connect, sampled proposals) depend on the seed, the step and the process
+    alone. So with a loader that continues at the step where training stopped
     (``MixedBatchSampler.first_batch``), a run that was killed and resumed gives the same weights as one that
-    was not: bit for bit on a CPU in one process, on GPUs as far as their kernels are deterministic. In several
-    processes the first one's state is kept.
+    was not: bit for bit on a CPU, on GPUs as far as their kernels are deterministic. And neither evaluation on
+    the way nor any hook changes the training.
 
-    It must be the last hook: what other hooks draw before training starts must not count.
+    Args:
+        seed: of the run; None leaves torch's random states alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int | None):
+        self.seed = seed
         self._loaded: dict[str, Any] | None = None
+
+    def before_train(self) -> None:
+        if self._loaded:
+            model_of(self.trainer).positive_anchor_averages = dict(self._loaded)
+
+    def before_step(self) -> None:
+        if self.seed is not None:
+            torch.manual_seed(step_seed(self.seed, self.trainer.iter, comm.get_rank()))
 
     def state_dict(self) -> dict[str, Any]:
         averages = getattr(model_of(self.trainer), "positive_anchor_averages", {})
-        state = {"cpu": torch.get_rng_state(), "positive_anchor_averages": dict(averages)}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
+        return {"positive_anchor_averages": dict(averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = state
+        self._loaded = state["positive_anchor_averages"]
 
-    def before_train(self) -> None:
-        if self._loaded is None:
-            return
-        state, self._loaded = self._loaded, None
-        if state["positive_anchor_averages"]:
-            model_of(self.trainer).positive_anchor_averages = dict(state["positive_anchor_averages"])
-        if comm.get_rank() == 0:  # processes draw apart: one state for all would tie them
-            torch.set_rng_state(state["cpu"])
-            if "cuda" in state and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda"])
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's random numbers of one step in one process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

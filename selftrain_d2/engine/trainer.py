@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -17,10 +18,17 @@ from torch.utils.data import DataLoader
 
 from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
-from selftrain_d2.engine.loss_normalizer import LossNormalizer
+from selftrain_d2.engine.label_monitor import LabelMonitor
+from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
+from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState
+from selftrain_d2.engine.step_trainer import StepTrainer
+from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, check_input_statistics
+
+#: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
+WEIGHT_AVERAGE = os.path.join("weight_average", "model_final.pth")
 
 
 class CheckpointFacts:
@@ -44,8 +52,10 @@ class CheckpointFacts:
 class SelfTrainingTrainer(DefaultTrainer):
     """detectron2's DefaultTrainer for a teacher (no DATASETS.PSEUDO_TRAIN) or a student.
 
-    It differs in its loader (human and pseudo images), its :class:`LossNormalizer`, its COCO evaluation,
-    and in checkpoints that run no code. A resumed run goes on with the images that it would have seen.
+    It differs in its loader (human and pseudo images), its :class:`LossNormalizer`, its step
+    (:class:`StepTrainer`), its COCO evaluation, and in checkpoints that run no code. A resumed run goes on with
+    the images that it would have seen. With SELFTRAIN.WEIGHT_EMA_DECAY the averaged weights are evaluated, and
+    saved at the end as ``OUTPUT_DIR/weight_average/model_final.pth``.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_unsafe: bool = False):
@@ -61,29 +71,34 @@ class SelfTrainingTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
-        model = create_ddp_model(model, broadcast_buffers=False)
-        self._trainer = (
-            AMPTrainer(model, data_loader, optimizer, precision=amp_precision(cfg))
-            if cfg.SOLVER.AMP.ENABLED
-            else SimpleTrainer(model, data_loader, optimizer)
+        # The CPU's backend takes no device.
+        devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            accumulation_steps=check_accumulation_steps(cfg),
+            precision=amp_precision(cfg) if cfg.SOLVER.AMP.ENABLED else None,
+            max_skipped_steps=cfg.SOLVER.MAX_SKIPPED_STEPS,
+            save_batch=self._save_batch,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = SafeDetectionCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            allow_unsafe=allow_unsafe,
-            trainer=weakref.proxy(self),
-            # A teacher knows what it detects, and how its images were normalized.
-            classes=CheckpointFacts(
+        # A teacher knows what it detects, and how its images were normalized.
+        self._facts = {
+            "classes": CheckpointFacts(
                 {"thing_classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []))}
             ),
-            input=CheckpointFacts(
+            "input": CheckpointFacts(
                 {
                     "format": cfg.INPUT.FORMAT,
                     "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
                     "pixel_std": list(cfg.MODEL.PIXEL_STD),
                 }
             ),
+        }
+        self.checkpointer = SafeDetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, allow_unsafe=allow_unsafe, trainer=weakref.proxy(self), **self._facts
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -99,7 +114,38 @@ class SelfTrainingTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks between ours: each checkpoint must hold this step's averages."""
-        return [build_loss_normalizer(self.cfg), *super().build_hooks(), RunState()]
+        cfg = self.cfg
+        first: list[HookBase] = [build_loss_normalizer(cfg)]
+        if cfg.DATASETS.PSEUDO_TRAIN:
+            first.append(LabelMonitor(cfg.SELFTRAIN.MIN_NONEMPTY_SHARE, cfg.SELFTRAIN.MAX_BOXES_RATIO))
+        self.weight_average = None
+        if cfg.SELFTRAIN.WEIGHT_EMA_DECAY:
+            self.weight_average = WeightAverage(cfg.SELFTRAIN.WEIGHT_EMA_DECAY)
+            first.append(self.weight_average)
+        # detectron2's EvalHook, with the weights to evaluate.
+        default = [
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
+            for hook in super().build_hooks()
+        ]
+        return [*first, *default, RunState(cfg.SEED if cfg.SEED >= 0 else None)]
+
+    def after_train(self) -> None:
+        super().after_train()
+        if self.weight_average is not None and comm.is_main_process():
+            folder, name = os.path.split(os.path.join(self.cfg.OUTPUT_DIR, WEIGHT_AVERAGE))
+            os.makedirs(folder, exist_ok=True)
+            # A checkpointer of its own: this file is not one to resume from.
+            checkpointer = SafeDetectionCheckpointer(self.weight_average.model, folder, **self._facts)
+            checkpointer.save(os.path.splitext(name)[0])
+
+    def _evaluate(self) -> dict[str, Any]:
+        average = self.weight_average
+        with average.applied() if average is not None else contextlib.nullcontext():
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def _save_batch(self, batch: list[dict], losses: dict[str, float]) -> str:
+        return save_batch(self.cfg, model_of(self), self.iter, batch, losses)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
@@ -122,36 +168,51 @@ class SelfTrainingTrainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict[str, Any]:
-        """As DefaultTrainer's, leaving random states alone: training does not depend on TEST.EVAL_PERIOD."""
-        with torch.random.fork_rng():
-            return super().test(cfg, model, evaluators)
-
-    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
 def build_loss_normalizer(cfg: CfgNode) -> LossNormalizer:
     """The hook that a config describes (keys SELFTRAIN.*)."""
-    return LossNormalizer(cfg.SELFTRAIN.ALPHA, cfg.SELFTRAIN.EMA_DECAY, cfg.SELFTRAIN.NORMALIZE_LOSS)
+    keys = cfg.SELFTRAIN
+    return LossNormalizer(keys.ALPHA, keys.EMA_DECAY, keys.NORMALIZE_LOSS, keys.ALPHA_WARMUP_ITERS)
 
 
 def amp_precision(cfg: CfgNode) -> torch.dtype:
     """The data type that SOLVER.AMP.PRECISION names.
 
     Raises:
-        InputError: neither float16 nor bfloat16, or no GPU to use it.
+        InputError: neither float16 nor bfloat16, or float16 on a CPU.
     """
-    if not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise InputError(
-            f"Mixed precision needs a GPU, MODEL.DEVICE is {cfg.MODEL.DEVICE}: set SOLVER.AMP.ENABLED False."
-        )
     if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
         raise InputError(
             f"SOLVER.AMP.PRECISION is {cfg.SOLVER.AMP.PRECISION!r}: it must be float16 or bfloat16."
         )
+    if cfg.SOLVER.AMP.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise InputError(
+            f"Mixed precision in float16 needs a GPU, MODEL.DEVICE is {cfg.MODEL.DEVICE}: set "
+            "SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False."
+        )
     return getattr(torch, cfg.SOLVER.AMP.PRECISION)
+
+
+def check_accumulation_steps(cfg: CfgNode) -> int:
+    """SOLVER.ACCUMULATION_STEPS.
+
+    Raises:
+        InputError: it is not positive, or the images of a step do not divide by it.
+    """
+    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
+    if steps < 1:
+        raise InputError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, not {steps}.")
+    for key in ("IMS_PER_BATCH", "PSEUDO_IMS_PER_BATCH"):
+        images = cfg.SOLVER[key]
+        if images % (steps * processes):
+            raise InputError(
+                f"SOLVER.{key} = {images} does not divide by SOLVER.ACCUMULATION_STEPS {steps} "
+                f"x {processes} processes."
+            )
+    return steps
 
 
 def check_number_of_classes(cfg: CfgNode) -> None:

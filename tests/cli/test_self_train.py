@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import SMALL_MODEL, make_coco_set
 
 from selftrain_d2 import load_pseudo_labels
@@ -131,3 +133,41 @@ def test_two_rounds(command, tmp_path):
     ]  # fmt: skip
     manifest = json.loads((tmp_path / "output" / "round_2" / "pseudo_labels" / "manifest.json").read_text())
     assert manifest["teacher_weights"] == summary["stages"]["student"]["weights"]
+
+
+def _student_log(output):
+    return (output / "student" / "log.txt").read_text()
+
+
+def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(command, tmp_path):
+    """Round 2 is labeled by the larger student's averaged weights, with the larger student's config."""
+    command.remove("--control")
+    student = "('MODEL.FPN.OUT_CHANNELS', 24, 'SELFTRAIN.WEIGHT_EMA_DECAY', 0.9)"
+    options = ["SELFTRAIN.STUDENT", student, "SELFTRAIN.STUDENT_WEIGHTS", "random"]
+    assert main([*command[:1], "--rounds", "2", *command[1:], *options]) == 0
+    output = tmp_path / "output"
+    summary = json.loads((output / "summary.json").read_text())
+    average = os.path.join("student", "weight_average", "model_final.pth")
+    assert summary["stages"]["student"]["weights"] == str(output / average)
+    manifest = json.loads((output / "round_2" / "pseudo_labels" / "manifest.json").read_text())
+    assert manifest["teacher_weights"] == str(output / average)
+    weights = torch.load(output / average, weights_only=True)["model"]
+    assert weights["backbone.fpn_output3.weight"].shape[0] == 24
+    assert "No checkpoint found. Initializing model from scratch" in _student_log(output)
+
+
+def test_a_larger_student_cannot_take_the_teachers_weights(command, tmp_path, capsys):
+    command.remove("--control")
+    options = ["SELFTRAIN.STUDENT", "('MODEL.EFFICIENTNET.NAME', 'efficientnet-b2')"]
+    assert main([*command, *options]) == 2
+    error = capsys.readouterr().err
+    assert "model_final.pth" in error and "of another shape" in error, error
+
+
+def test_a_student_from_other_weights(command, tmp_path, capsys):
+    command.remove("--control")
+    assert main([*command, "SELFTRAIN.STUDENT_WEIGHTS", str(tmp_path / "missing.pth")]) == 2
+    assert "missing.pth" in capsys.readouterr().err
+    shutil.copy(tmp_path / "output" / "teacher" / "model_final.pth", tmp_path / "other.pth")
+    assert main([*command, "SELFTRAIN.STUDENT_WEIGHTS", str(tmp_path / "other.pth")]) == 0
+    assert "other.pth" in _student_log(tmp_path / "output")

@@ -44,6 +44,21 @@ def test_thousand_recorded_steps(alpha, decay):
             assert normalizer.weights == pytest.approx(expected, rel=1e-6)
 
 
+def test_alpha_rises_linearly():
+    normalizer = LossNormalizer(alpha=2.0, warmup_steps=4)
+    seen = []
+    for _ in range(6):
+        seen.append(normalizer.current_alpha)
+        assert normalizer.weights == pytest.approx((1 / (1 + seen[-1]), seen[-1] / (1 + seen[-1])))
+        normalizer.update(1.0, 1.0)
+    assert seen == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    resumed = LossNormalizer(alpha=2.0, warmup_steps=4)
+    resumed.load_state_dict({"human_average": 1.0, "pseudo_average": 1.0, "steps": 3})
+    assert resumed.current_alpha == 1.5
+    with pytest.raises(InputError, match="ALPHA_WARMUP_ITERS"):
+        LossNormalizer(warmup_steps=-1)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_refused_and_not_averaged(bad):
     normalizer = LossNormalizer()

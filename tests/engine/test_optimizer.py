@@ -71,12 +71,13 @@ def test_every_parameter_can_decay(small_config):
 
 
 def test_precision_of_mixed_precision(small_config):
-    with pytest.raises(InputError, match=r"needs a GPU.*SOLVER\.AMP\.ENABLED"):
+    with pytest.raises(InputError, match=r"needs a GPU.*SOLVER\.AMP\.PRECISION bfloat16"):
         amp_precision(small_config)
     small_config.MODEL.DEVICE = "cuda"
     assert amp_precision(small_config) is torch.float16
     small_config.SOLVER.AMP.PRECISION = "bfloat16"
-    assert amp_precision(small_config) is torch.bfloat16
+    for small_config.MODEL.DEVICE in ("cuda", "cpu"):
+        assert amp_precision(small_config) is torch.bfloat16
     small_config.SOLVER.AMP.PRECISION = "float32"
     with pytest.raises(InputError, match=r"SOLVER\.AMP\.PRECISION is 'float32'"):
         amp_precision(small_config)

@@ -43,7 +43,11 @@ def command(tmp_path):
 
 def _start(command):
     code = "import sys; from selftrain_d2.cli import main; sys.exit(main())"
-    return subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL)
+    # Sums depend on the number of threads, in their last bits.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL, env=environment
+    )
 
 
 def _kill_after_checkpoint(command, output, name, seconds):

@@ -5,28 +5,7 @@ import torch
 from detectron2.engine import AMPTrainer
 
 from selftrain_d2 import InputError, LossNormalizer, SelfTrainingTrainer
-from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
-from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
-
-
-@pytest.fixture
-def student_config(small_config, coco_set, tmp_path):
-    """A student whose pseudo labels are two of the images, one with a box."""
-    register_human_labels("human", coco_set.json_file, coco_set.images)
-    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": coco_set.images}
-    writer = PseudoLabelWriter(tmp_path / "pseudo", identity, ["001.png", "002.png"])
-    row = make_row("001.png", 96, 96, [[10, 10, 60, 60]], [0.9], [0])
-    writer.write_shard(0, [row, make_row("002.png", 96, 96)])
-    writer.finish()
-    register_pseudo_labels("pseudo", tmp_path / "pseudo")
-    cfg = small_config
-    cfg.DATASETS.TRAIN, cfg.DATASETS.PSEUDO_TRAIN, cfg.DATASETS.TEST = ("human",), ("pseudo",), ()
-    cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 1
-    cfg.SOLVER.MAX_ITER = 4
-    cfg.SOLVER.CHECKPOINT_PERIOD = 2
-    cfg.OUTPUT_DIR = str(tmp_path / "output")
-    return cfg
 
 
 def _trained(cfg, resume=False):
@@ -72,7 +51,7 @@ def test_averages_do_not_travel_with_weights(student_config, tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path / "next")
     trainer = SelfTrainingTrainer(cfg)
     trainer.resume_or_load(resume=False)
-    assert _normalizer(trainer).state_dict() == {"human_average": None, "pseudo_average": None}
+    assert _normalizer(trainer).state_dict() == {"human_average": None, "pseudo_average": None, "steps": 0}
     assert trainer.start_iter == 0
 
 
@@ -104,15 +83,6 @@ def test_with_detectron2s_amp_trainer_unchanged(student_config, monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.autocast", lambda dtype: torch.autocast("cpu", enabled=False))
     trainer.train(0, 2)
     assert normalizer.human_average > 0 and normalizer.pseudo_average > 0
-
-
-def test_a_loss_that_is_not_finite_stops_with_step_and_source(student_config):
-    trainer = SelfTrainingTrainer(student_config)
-    normalizer = _normalizer(trainer)
-    trainer.iter = 7
-    trainer.model.raw_losses = {"human": torch.tensor(1.0), "pseudo": torch.tensor(float("nan"))}
-    with pytest.raises(FloatingPointError, match="Step 7: The pseudo loss is nan"):
-        normalizer.after_step()
 
 
 def test_resuming_with_other_classes_is_refused(student_config, tmp_path):

@@ -6,12 +6,18 @@ from selftrain_d2.modeling.meta_arch.by_source import (
     SelfTrainingPanopticFPN,
     SelfTrainingSemanticSegmentor,
 )
+from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource, SelfTrainingFCOS
 from selftrain_d2.modeling.meta_arch.retinanet import SelfTrainingRetinaNet
+from selftrain_d2.modeling.meta_arch.segmentation import SelfTrainingSegmentor, SemSegPyramidSumHead
 
 __all__ = [
+    "DenseLossesBySource",
     "LossesBySource",
+    "SelfTrainingFCOS",
     "SelfTrainingGeneralizedRCNN",
     "SelfTrainingPanopticFPN",
     "SelfTrainingRetinaNet",
+    "SelfTrainingSegmentor",
     "SelfTrainingSemanticSegmentor",
+    "SemSegPyramidSumHead",
 ]

@@ -9,26 +9,21 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.matcher import BestAnchorMatcher
-from selftrain_d2.modeling.meta_arch.by_source import LossesBySource
+from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource
 from selftrain_d2.modeling.meta_arch.retinanet_head import set_head_norms
 from selftrain_d2.modeling.soft_nms import soft_nms
 
 
 @META_ARCH_REGISTRY.register()
-class SelfTrainingRetinaNet(LossesBySource, RetinaNet):
+class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
     """detectron2's RetinaNet over a batch of human-labeled and pseudo-labeled images.
 
-    The whole batch goes through the network at once, so batch norm sees the mixed batch as in the paper.
-    Then each source of labels has its own losses, normalized by its own positive anchors. With the default
-    config keys, inference and training on a batch without pseudo labels are those of RetinaNet;
-    configs/Base-RetinaNet-EfficientNet-FPN.yaml sets them to the paper's.
-
-    ``loss_weights`` and ``raw_losses`` are those of :class:`LossesBySource`.
+    With the default config keys, inference and training on a batch without pseudo labels are those of
+    RetinaNet (in one process); configs/Base-RetinaNet-EfficientNet-FPN.yaml sets them to the paper's.
     """
 
     @configurable
@@ -42,8 +37,8 @@ class SelfTrainingRetinaNet(LossesBySource, RetinaNet):
     ):
         """
         Args:
-            normalize_by_batch: divide losses by 1 + the positive anchors of the batch (of each process), in
-                place of RetinaNet's moving average.
+            normalize_by_batch: divide losses by 1 + the positive anchors of the step, in place of RetinaNet's
+                moving average.
             box_reg_loss_weight: factor of the box loss.
             soft_nms_sigma: of :func:`soft_nms`; 0 for NMS.
             kwargs: as for ``RetinaNet``.
@@ -57,8 +52,6 @@ class SelfTrainingRetinaNet(LossesBySource, RetinaNet):
         self.normalize_by_batch = normalize_by_batch
         self.box_reg_loss_weight = box_reg_loss_weight
         self.soft_nms_sigma = soft_nms_sigma
-        # Moving average of positive anchors of each source; see `_losses_of`.
-        self.positive_anchor_averages = {"human": 100.0, "pseudo": 100.0}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -78,54 +71,6 @@ class SelfTrainingRetinaNet(LossesBySource, RetinaNet):
             "soft_nms_sigma": keys.SOFT_NMS_SIGMA,
         }
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """As ``DenseDetector.forward``. In training each input dict has a ``label_source``, "human" (the
-        default) or "pseudo".
-
-        Returns:
-            In training, scalar tensors: ``loss_cls`` and ``loss_box_reg`` of a batch without pseudo labels;
-            else ``loss_{cls,box_reg}_{human,pseudo}``, each times its source's weight. Their sum is the
-            loss to minimize.
-        """
-        if not self.training:
-            return super().forward(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        features = [features[name] for name in self.head_in_features]
-        pred_logits, pred_anchor_deltas = self._transpose_dense_predictions(
-            self.head(features), [self.num_classes, 4]
-        )
-        anchors = self.anchor_generator(features)
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-
-        sources = [x.get("label_source", "human") for x in batched_inputs]
-        losses = {}
-        for source in ("human", "pseudo"):
-            index = [i for i, s in enumerate(sources) if s == source]
-            if index:
-                losses[source] = self._losses_of(
-                    source,
-                    anchors,
-                    [x[index] for x in pred_logits],
-                    [gt_labels[i] for i in index],
-                    [x[index] for x in pred_anchor_deltas],
-                    [gt_boxes[i] for i in index],
-                )
-        return self.weighted(losses)
-
-    def _losses_of(self, source: str, *args) -> dict[str, Tensor]:
-        """``RetinaNet.losses`` with the positive-anchor average of one source.
-
-        RetinaNet keeps that average in ``self.loss_normalizer`` and moves it at each call: one shared by
-        both sources would move twice a step and mix their counts.
-        """
-        self.loss_normalizer = self.positive_anchor_averages[source]
-        with get_event_storage().name_scope(source):
-            losses = self.losses(*args)
-        self.positive_anchor_averages[source] = self.loss_normalizer
-        return losses
-
     def losses(
         self,
         anchors: list[Boxes],
@@ -134,17 +79,12 @@ class SelfTrainingRetinaNet(LossesBySource, RetinaNet):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """As ``RetinaNet.losses``, whose docstring has the shapes, with the weight and the normalizer asked for."""
+        """As ``RetinaNet.losses``, whose docstring has the shapes, with the weight asked for."""
         # TorchScript recompiles a function after its first calls, which changes its rounding: on a CPU, where
         # that gains nothing, a resumed run would not equal an undisturbed one bit for bit.
         with torch.jit.optimized_execution(pred_logits[0].is_cuda):
             losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         losses["loss_box_reg"] = losses["loss_box_reg"] * self.box_reg_loss_weight
-        if self.normalize_by_batch:
-            positives = sum(((x >= 0) & (x != self.num_classes)).sum() for x in gt_labels)
-            # `self.loss_normalizer` is what RetinaNet has just divided by.
-            scale = self.loss_normalizer / (positives + 1)
-            losses = {name: loss * scale for name, loss in losses.items()}
         return losses
 
     def inference_single_image(

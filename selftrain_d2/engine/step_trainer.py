@@ -1,0 +1,198 @@
+"""The training step: gradient accumulation, mixed precision, and losses that are not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A training loss was NaN or infinite; the message says where and what may help."""
+
+
+class StepTrainer(SimpleTrainer):
+    """detectron2's SimpleTrainer and AMPTrainer in one, with gradient accumulation and a guard.
+
+    The model is one with :class:`~selftrain_d2.modeling.meta_arch.LossesBySource`.
+
+    A loss that is NaN or infinite, in any process, never reaches the weights: the step is left out, up to
+    ``max_skipped_steps`` of them in a run, and the next one raises :class:`NonFiniteLossError` with the step,
+    the source of the labels, the image files, and the file where the batch was saved (see
+    :mod:`~selftrain_d2.engine.replay`).
+
+    Args:
+        model, data_loader, optimizer: as in SimpleTrainer.
+        accumulation_steps: each batch of the loader is split into as many parts, each with its share of human
+            and of pseudo images, which pass through the model one after the other and make one step together:
+            the step of the whole batch, but for batch norm, which sees a part at a time.
+        precision: ``torch.float16`` (with a gradient scaler) or ``torch.bfloat16`` for mixed precision; None
+            for float32.
+        max_skipped_steps: steps of the run that may be left out.
+        save_batch: called with a batch and its losses (name to value) before a step is left out or the run
+            stops, in each process whose losses are not finite; returns the file written, for the log.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulation_steps: int = 1,
+        precision: torch.dtype | None = None,
+        max_skipped_steps: int = 0,
+        save_batch: Callable[[list[dict], dict[str, float]], str] | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.accumulation_steps = accumulation_steps
+        self.precision = precision
+        self.max_skipped_steps = max_skipped_steps
+        self.save_batch = save_batch
+        self.skipped_steps = 0
+        device = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler(device, enabled=precision is torch.float16)
+
+    def run_step(self) -> None:
+        """One step of the optimizer, unless a loss is not finite."""
+        model = model_of(self)
+        assert self.model.training, "The model was changed to evaluation mode."
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        # Batch norm's running statistics would keep a NaN for ever.
+        buffers = [b.clone() for b in model.buffers()] if self.max_skipped_steps else []
+        self.optimizer.zero_grad()
+        losses = self._forward_and_backward(batch)
+        if not self._finite_everywhere(losses):
+            self._leave_out(batch, losses, buffers)
+            return
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)  # plain optimizer.step() without float16
+        self.grad_scaler.update()
+
+    def _forward_and_backward(self, batch: list[dict]) -> dict[str, Tensor]:
+        """Gradients of a batch; its losses, weighted."""
+        if self.accumulation_steps == 1:
+            return self._pass(batch)
+        parts = split_batch(batch, self.accumulation_steps)
+        passes = []
+        with model_of(self).one_step(parts):
+            for number, part in enumerate(parts, start=1):
+                last = number == len(parts)
+                # Gradients are reduced over processes once, in the last pass.
+                waiting = isinstance(self.model, DistributedDataParallel) and not last
+                with self.model.no_sync() if waiting else contextlib.nullcontext():
+                    passes.append(self._pass(part))
+        return {name: sum(losses[name] for losses in passes) for name in passes[0]}
+
+    def _pass(self, batch: list[dict]) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.precision, enabled=self.precision is not None):
+            losses = self.model(batch)
+        losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    # ---- losses that are not finite -------------------------------------------------------------
+
+    def _finite_everywhere(self, losses: dict[str, Tensor]) -> bool:
+        """Whether every loss of every process is finite: all processes must go the same way."""
+        total = torch.stack([loss.double() for loss in losses.values()]).sum()
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(total)
+        return math.isfinite(total.item())
+
+    def _leave_out(self, batch: list[dict], losses: dict[str, Tensor], buffers: list[Tensor]) -> None:
+        model = model_of(self)
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers):
+                buffer.copy_(before)
+        # Files are saved by the processes concerned; every process raises, so that none waits for another.
+        values = {name: loss.item() for name, loss in losses.items()}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        report = f"in another process, step {self.iter}"
+        if wrong:
+            report = self._describe(batch, values, wrong)
+        poisoned = not all(torch.isfinite(p).all() for p in model.parameters())
+        self.skipped_steps += 1
+        if poisoned:
+            report += (
+                "; the weights were not finite already, so the gradients of an earlier step were not: set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True or lower SOLVER.BASE_LR"
+            )
+        if poisoned or self.skipped_steps > self.max_skipped_steps:
+            raise NonFiniteLossError(f"A loss is not finite {report}.")
+        logger.warning(
+            f"A loss is not finite {report}. The step is left out ({self.skipped_steps} of "
+            f"{self.max_skipped_steps} that SOLVER.MAX_SKIPPED_STEPS allows)."
+        )
+        model.raw_losses = dict.fromkeys(LABEL_SOURCES)  # for LossNormalizer: nothing to learn from this step
+        get_event_storage().put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
+
+    def _describe(self, batch: list[dict], values: dict[str, float], wrong: list[str]) -> str:
+        """Where and of which images, for a message."""
+        raw = model_of(self).raw_losses
+        sources = [s for s in LABEL_SOURCES if raw[s] is not None and not math.isfinite(raw[s].item())]
+        files = [
+            str(sample.get("file_name", "?"))
+            for sample in batch
+            if not sources or sample.get("label_source", "human") in sources
+        ]
+        saved = f"; the batch is saved in {self.save_batch(batch, values)}" if self.save_batch else ""
+        return (
+            f"at step {self.iter}, for {' and '.join(sources) or 'all'} labels "
+            f"({', '.join(f'{name} {values[name]}' for name in wrong)}). Images: {', '.join(files)}{saved}"
+        )
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.skipped_steps = state.get("skipped_steps", 0)
+        if "grad_scaler" in state and self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+
+def split_batch(batch: list[dict], parts: int) -> list[list[dict]]:
+    """Parts of a batch, each with the same number of images of each source.
+
+    Raises:
+        InputError: they do not divide.
+    """
+    split: list[list[dict]] = [[] for _ in range(parts)]
+    for source, index in by_source(batch).items():
+        if len(index) % parts:
+            raise InputError(
+                f"A process has {len(index)} {source}-labeled images a step, which do not divide into "
+                f"SOLVER.ACCUMULATION_STEPS {parts} parts."
+            )
+        size = len(index) // parts
+        for number, part in enumerate(split):
+            part += [batch[i] for i in index[number * size : (number + 1) * size]]
+    return split

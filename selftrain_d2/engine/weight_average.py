@@ -1,0 +1,73 @@
+"""A moving average of the weights, for evaluation and as the next teacher."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.errors import InputError
+
+
+class WeightAverage(HookBase):
+    """Keeps an exponential moving average of weights and batch-norm statistics.
+
+    The decay of step n is ``min(decay, (1 + n) / (10 + n))``, as in TensorFlow's ExponentialMovingAverage with
+    ``num_updates``: a short run does not end with the weights that it began with.
+
+    Args:
+        decay: in (0, 1); EfficientNet's is 0.9999.
+    """
+
+    def __init__(self, decay: float):
+        if not 0 < decay < 1:
+            raise InputError(f"SELFTRAIN.WEIGHT_EMA_DECAY must be in [0, 1), not {decay}.")
+        self.decay = decay
+        self._average: AveragedModel | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with averaged weights."""
+        assert self._average is not None, "Training has not begun."
+        return self._average.module
+
+    def before_train(self) -> None:
+        # Made here, not before: weights are loaded by now.
+        self._average = AveragedModel(model_of(self.trainer), multi_avg_fn=self._move, use_buffers=True)
+        if self._loaded is not None:
+            self._average.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def after_step(self) -> None:
+        self._average.update_parameters(model_of(self.trainer))
+
+    def _move(self, averages: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
+        if not averages[0].is_floating_point():  # numbers of batches
+            torch._foreach_copy_(averages, values)
+            return
+        updates = int(updates)
+        torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + updates) / (10 + updates)))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the trainer's model has the averaged weights."""
+        model = model_of(self.trainer)
+        trained = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.model.state_dict())
+        try:
+            yield
+        finally:
+            model.load_state_dict(trained)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._average is None else self._average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state or None

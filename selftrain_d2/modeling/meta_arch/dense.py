@@ -1,0 +1,152 @@
+"""Dense detectors of detectron2 (RetinaNet, FCOS) over human and pseudo labels in one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, LossesBySource, by_source
+
+
+class DenseLossesBySource(LossesBySource):
+    """Mixed into a ``DenseDetector``, keeps losses apart by ``label_source`` in one forward pass.
+
+    The whole batch goes through backbone and head at once, so batch norm sees the mixed batch as in the
+    paper; then each source's predictions have losses of their own.
+
+    Losses are divided by a number of positive anchors: detectron2's moving average, kept for each source, or
+    1 + the number of the step ([TF]). Both count the whole step, over all processes and all accumulated
+    batches: 2 processes of b images give the losses of 1 process of 2b. (detectron2 counts for each process.)
+
+    Attributes:
+        normalize_by_batch: 1 + the number of the step, in place of the moving average.
+        positive_anchor_averages: the moving average of each source seen so far.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.normalize_by_batch = False
+        self.positive_anchor_averages: dict[str, float] = {}
+        # Of the current step: positive anchors of each source if known in advance, and the normalizers in use.
+        self._positives: dict[str, float] = {}
+        self._normalizers: dict[str, float] = {}
+        self._sources: dict[str, list[int]] = {}
+        self._source = ""
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """As ``DenseDetector.forward``. In training each input dict has a ``label_source``, "human" (the
+        default) or "pseudo".
+
+        Returns:
+            In training, the detector's losses, scalar tensors: as they are for a batch without pseudo labels;
+            else with ``_human`` or ``_pseudo`` after their names, each times its source's weight.
+        """
+        if not self.training:
+            return super(LossesBySource, self).forward(batched_inputs)
+        self._count_labels(batched_inputs)
+        self._sources = by_source(batched_inputs)
+        if self._passes is None:
+            self._positives, self._normalizers = {}, {}
+        # The pass that LossesBySource would make for each source: `forward_training` splits it.
+        losses = super(LossesBySource, self).forward(batched_inputs)
+        return self.weighted(losses)
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: Sequence[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, dict[str, Tensor]]:
+        """The detector's losses of each source."""
+        losses = {}
+        for source, index in self._sources.items():
+            self._source = source
+            part = [[level[index] for level in prediction] for prediction in predictions]
+            with get_event_storage().name_scope(source):
+                losses[source] = super().forward_training(
+                    images, features, part, [gt_instances[i] for i in index]
+                )
+        return losses
+
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As the detector's, with the step's positive anchors counted."""
+        labels, boxes = super().label_anchors(anchors, gt_instances)
+        if self._source not in self._positives:
+            self._positives[self._source] = _over_processes(self._count_positive(labels))
+        return labels, boxes
+
+    def _count_positive(self, labels: list[Tensor]) -> Tensor:
+        return sum(((x >= 0) & (x != self.num_classes)).sum() for x in labels)
+
+    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
+        """What the detector divides its losses by. It calls this once a pass, with this process's count."""
+        if self._source not in self._normalizers:
+            positives = self._positives[self._source]
+            if self.normalize_by_batch:
+                self._normalizers[self._source] = positives + 1
+            else:
+                old = self.positive_anchor_averages.get(self._source, initial_value)
+                new = old * momentum + max(positives, 1) * (1 - momentum)
+                self._normalizers[self._source] = self.positive_anchor_averages[self._source] = new
+        # Gradients are averaged over processes, and losses over the passes of a step.
+        return self._normalizers[self._source] / comm.get_world_size() / self._number_of_passes
+
+    @contextlib.contextmanager
+    def one_step(self, batches: Sequence[list[dict]]) -> Iterator[None]:
+        """As in ``LossesBySource``. Losses are divided by the positive anchors of all batches together, which
+        are counted in advance."""
+        self._normalizers = {}
+        counts = torch.zeros(len(LABEL_SOURCES), device=self.device)
+        for batch in batches:
+            anchors = self._anchors_of(batch)
+            for number, source in enumerate(LABEL_SOURCES):
+                instances = [
+                    x["instances"].to(self.device) for x in batch if x.get("label_source", "human") == source
+                ]
+                labels = super().label_anchors(anchors, instances)[0]
+                counts[number] += self._count_positive(labels)
+        self._positives = dict(zip(LABEL_SOURCES, _over_processes(counts)))
+        self._number_of_passes = len(batches)
+        try:
+            with super().one_step(batches):
+                yield
+        finally:
+            self._number_of_passes = 1
+
+    #: forward passes of the current step
+    _number_of_passes = 1
+
+    def _anchors_of(self, batch: list[dict]) -> list[Boxes]:
+        """The anchors that the detector will have for a batch: they depend on its padded size alone."""
+        height, width = self.preprocess_image(batch).tensor.shape[-2:]
+        shapes = self.backbone.output_shape()
+        strides = [shapes[name].stride for name in self.head_in_features]
+        features = [
+            torch.empty(1, 1, -(-height // stride), -(-width // stride), device=self.device)
+            for stride in strides
+        ]
+        return self.anchor_generator(features)
+
+
+def _over_processes(counts: Tensor) -> list[float] | float:
+    """Counts summed over all processes, as Python numbers."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(counts)
+    return counts.tolist()
+
+
+class SelfTrainingFCOS(DenseLossesBySource, FCOS):
+    """detectron2's FCOS; see :class:`DenseLossesBySource`.
+
+    Like FCOS it is built from explicit arguments (LazyConfig), not from a config's META_ARCHITECTURE.
+    """

@@ -1,0 +1,122 @@
+"""Training in two processes on the CPU (gloo), started by detectron2's launch and by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, make_coco_set
+
+from selftrain_d2.cli import main
+from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
+from selftrain_d2.engine.launch import Processes, run_in_processes
+from selftrain_d2.errors import InputError
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """``arguments(output, *options)`` of `train`: nothing but the number of processes differs between runs.
+
+    Batch norm is frozen, and nothing is drawn at random in the model. Of the two pseudo images of a step one
+    has no box, so a process of two has none. Five images are evaluated, which two processes share unevenly.
+    """
+    coco = make_coco_set(tmp_path / "coco", 5, seed=0)
+    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": coco.images}
+    writer = PseudoLabelWriter(tmp_path / "pseudo", identity, ["001.png", "002.png"])
+    row = make_row("001.png", 96, 96, [[10, 10, 60, 60]], [0.9], [0])
+    writer.write_shard(0, [row, make_row("002.png", 96, 96)])
+    writer.finish()
+
+    def build(output, *options):
+        return [
+            "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml",
+            "--human-labels", "human", coco.json_file, coco.images,
+            "--pseudo-labels", "pseudo", str(tmp_path / "pseudo"), *options[:2 * ("--num-gpus" in options)],
+            *SMALL_MODEL, "DATASETS.TRAIN", "('human',)", "DATASETS.PSEUDO_TRAIN", "('pseudo',)",
+            "DATASETS.TEST", "('human',)", "TEST.EVAL_PERIOD", "2",
+            "SOLVER.IMS_PER_BATCH", "4", "SOLVER.PSEUDO_IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "5",
+            "SOLVER.CHECKPOINT_PERIOD", "2",
+            "MODEL.EFFICIENTNET.NORM", "FrozenBN", "MODEL.EFFICIENTNET.DROP_CONNECT_RATE", "0.0",
+            "MODEL.FPN.OUTPUT_NORM", "", "MODEL.RETINANET.NORM", "",
+            "MODEL.RETINANET.NORM_AFFINE_PER_LEVEL", "False",
+            "OUTPUT_DIR", str(output), *options[2 * ("--num-gpus" in options):],
+        ]  # fmt: skip
+
+    return build
+
+
+def _checkpoint(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def _assert_same_training(one, other):
+    a, b = _checkpoint(one), _checkpoint(other)
+    for name in a["model"]:
+        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=1e-5, msg=name)
+    averages = [x["trainer"]["hooks"]["LossNormalizer"] for x in (a, b)]
+    assert averages[0] == pytest.approx(averages[1], rel=1e-4) and averages[0]["steps"] == 5
+    positives = [x["trainer"]["hooks"]["RunState"]["positive_anchor_averages"] for x in (a, b)]
+    assert positives[0] == pytest.approx(positives[1])
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "moving_average"])
+def test_two_processes_train_as_one_with_their_images(arguments, tmp_path, normalizer):
+    key = ("MODEL.RETINANET.LOSS_NORMALIZER", normalizer)
+    assert main(["train", *arguments(tmp_path / "one", *key)]) == 0
+    assert main(["train", *arguments(tmp_path / "two", "--num-gpus", "2", *key)]) == 0
+    _assert_same_training(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "log.txt.rank1").exists()
+    results = [json.loads((tmp_path / x / "results.json").read_text())["bbox"] for x in ("one", "two")]
+    assert results[0].keys() == results[1].keys()
+
+
+def _torchrun(tool, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
+    return subprocess.run(
+        [*command, str(TOOLS / tool), *arguments],
+        capture_output=True, text=True, env=environment, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_torchrun_is_the_same_and_resumes(arguments, tmp_path):
+    done = _torchrun("train_net.py", *arguments(tmp_path / "run", "SOLVER.MAX_ITER", "5"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(["train", *arguments(tmp_path / "one")]) == 0
+    _assert_same_training(tmp_path / "one", tmp_path / "run")
+
+    # Two processes go on from a checkpoint on the way, and end where they did.
+    final = _checkpoint(tmp_path / "run")["model"]
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    resumed = arguments(tmp_path / "run")
+    done = _torchrun("train_net.py", "--resume", *resumed)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = _checkpoint(tmp_path / "run")["model"]
+    for name in final:
+        torch.testing.assert_close(again[name], final[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_loop_under_torchrun_is_refused(tmp_path):
+    done = _torchrun(
+        "self_train.py", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml", "--labeled-json", "a.json",
+        "--labeled-images", "a", "--unlabeled-images", "b", "--output", str(tmp_path / "output"),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "starts its own processes: use --num-gpus without torchrun" in done.stderr
+
+
+def test_a_mistake_in_a_child_process_stays_one_sentence(arguments, tmp_path, capfd):
+    command = ["train", *arguments(tmp_path / "output", "--num-gpus", "2", "SOLVER.IMS_PER_BATCH", "3")]
+    assert main(command) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "selftrain-d2 train: error" in line]
+    assert len(lines) == 1 and "SOLVER.IMS_PER_BATCH = 3 does not divide" in lines[0]
+
+
+def test_several_machines_need_an_address():
+    with pytest.raises(InputError, match="--dist-url"):
+        run_in_processes(print, Processes(num_machines=2), ())
