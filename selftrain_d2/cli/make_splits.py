@@ -1,0 +1,39 @@
+"""Draw labeled fractions of a COCO file: nested, without replacement, the same on every machine.
+
+Writes labeled_F.json for each fraction F and unlabeled_F.txt, the file names of the images outside it. The sample
+depends on the seed and the file names alone, not on the order of the file or on the other fractions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from selftrain_d2.data.splits import make_splits
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("json", type=Path, metavar="JSON", help="detections in COCO format")
+    parser.add_argument(
+        "--fractions",
+        nargs="+",
+        required=True,
+        metavar="PERCENT",
+        help="of the images, e.g. 1 5 10 20 50 100; 0.5 is half a percent",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default 0)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--stratified", action="store_true", help="keep the shares of the classes, and show each class early"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    manifest = make_splits(args.json, args.output, args.fractions, seed=args.seed, stratified=args.stratified)
+    print(f"{args.output}:")
+    for name, counts in manifest["splits"].items():
+        present = sum(number > 0 for number in counts["objects"].values())
+        print(
+            f"  {f'labeled_{name}.json':18} {counts['images']:6} images, "
+            f"{sum(counts['objects'].values())} objects of {present} classes"
+        )
