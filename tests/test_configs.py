@@ -166,7 +166,7 @@ def test_students_follow_their_teacher(name):
 
 
 def test_starting_points_change_nothing_but_the_start():
-    assert len(STARTING_POINTS) == 5
+    assert len(STARTING_POINTS) == 6
     plain = load(B7 + "rand_S1.yaml")
     for name in STARTING_POINTS:
         changed = changes(load(B7 + "rand_S1.yaml", name), plain)

@@ -1,11 +1,12 @@
 """The tables of docs/model_zoo.md, on standard output: ``python -m selftrain_d2.experiments.model_table``, in a clone.
 
-Runs every backbone and every detector of configs/coco once, on one image of 640 pixels: minutes on a CPU, and some
-gigabytes of memory.
+Runs every backbone, every detector of configs/coco and every segmentation model of configs/pascal_voc once, on one
+image: minutes on a CPU, and some gigabytes of memory.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from efficientnet_pytorch import EfficientNet as EfficientNetClassifier
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
@@ -35,24 +37,39 @@ DETECTORS = {
     "ResNet-50": "coco/resnet50/rand_S4.yaml",
     "ResNet-101": "coco/resnet101/rand_S1.yaml",
 }
+# Segmentation models: config, and parameters (M) and GFLOPs that the paper and its code give for it.
+SEGMENTORS = {
+    "EfficientNet-B0": ("pascal_voc/one_gpu/efficientnet_b0_S4.yaml", "", ""),
+    "EfficientNet-B1": ("pascal_voc/one_gpu/efficientnet_b1_S4.yaml", "", ""),
+    "EfficientNet-B2": ("pascal_voc/one_gpu/efficientnet_b2_S4.yaml", "", ""),
+    "EfficientNet-B3": ("pascal_voc/one_gpu/efficientnet_b3_S4.yaml", "", ""),
+    "EfficientNet-B7": ("pascal_voc/efficientnet_b7/rand_S1.yaml", "71", "60"),
+    "EfficientNet-L2": ("pascal_voc/efficientnet_l2/imagenet_plus_plus_S4.yaml", "485", "229"),
+}
+SEGMENTATION_SIZE = 512
 # Folder of configs -> what its table in the paper is about.
 FAMILIES = {
     "coco/efficientnet_b7": "EfficientNet-B7 (Tables 2 and 3)",
     "coco/resnet50": "ResNet-50 (Table 4)",
     "coco/resnet101": "ResNet-101 (Table 12)",
     "coco/one_gpu": "One GPU (ours)",
+    "pascal_voc/efficientnet_b7": "PASCAL VOC: EfficientNet-B7 (Tables 8, 11 and 14)",
+    "pascal_voc/efficientnet_l2": "PASCAL VOC: EfficientNet-L2 (Table 6)",
+    "pascal_voc/one_gpu": "PASCAL VOC: one GPU (ours)",
 }
 
 
 class DenseOutputs(nn.Module):
-    """The part of a RetinaNet whose work does not depend on what is in the image."""
+    """The part of a model whose work does not depend on what is in the image."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor) -> list[list[torch.Tensor]]:
+    def forward(self, images: torch.Tensor) -> torch.Tensor | list[list[torch.Tensor]]:
         features = self.model.backbone(images)
+        if hasattr(self.model, "sem_seg_head"):
+            return self.model.sem_seg_head.layers(features)
         return self.model.head([features[name] for name in self.model.head_in_features])
 
 
@@ -75,10 +92,10 @@ def millions_of_parameters(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
-def gflops(model: nn.Module) -> str:
+def gflops(model: nn.Module, size: int = SIZE) -> str:
     """Billions of operations on one image as fvcore counts them: a multiplication with its addition is one."""
     with torch.no_grad():
-        analysis = FlopCountAnalysis(model.eval(), torch.zeros(1, 3, SIZE, SIZE))
+        analysis = FlopCountAnalysis(model.eval(), torch.zeros(1, 3, size, size))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return f"{analysis.total() / 1e9:.1f}"
 
@@ -93,18 +110,52 @@ def detector_table() -> str:
     return _size_table("detector on", models)
 
 
+def classifier_size(name: str, size: int) -> tuple[float, float]:
+    """Parameters (M) and operations (G) of the part of an EfficientNet that detectors leave out.
+
+    That is the 1x1 convolution after C5 with its batch norm, and the classifier of 1,000 classes.
+    """
+    with torch.device("meta"):
+        model = EfficientNetClassifier.from_name(name)
+    parameters = sum(
+        p.numel() for part in (model._conv_head, model._bn1, model._fc) for p in part.parameters()
+    )
+    operations = model._conv_head.weight.numel() * math.ceil(size / 32) ** 2 + model._fc.weight.numel()
+    return parameters / 1e6, operations / 1e9
+
+
+def segmentation_table() -> str:
+    """Each model as it is, with the classifier it leaves out, and as the paper counts."""
+    rows = []
+    for name, (config, paper_parameters, paper_gflops) in SEGMENTORS.items():
+        cfg = load_config(config)
+        model = DenseOutputs(build_model(cfg))
+        row = [name, millions_of_parameters(model), gflops(model, SEGMENTATION_SIZE)]
+        added = classifier_size(cfg.MODEL.EFFICIENTNET.NAME, SEGMENTATION_SIZE)
+        with_classifier = [f"{float(ours) + more:.1f}" for ours, more in zip(row[1:], added)]
+        rows.append(
+            [name, row[1], with_classifier[0], paper_parameters, row[2], with_classifier[1], paper_gflops]
+        )
+    titles = ["with classifier", "in the paper"]
+    return markdown_table(
+        ["segmentation model on", "parameters (M)", *titles, f"GFLOPs at {SEGMENTATION_SIZE} px", *titles],
+        rows,
+    )
+
+
 def _size_table(title: str, models: Iterator[tuple[str, nn.Module]]) -> str:
     rows = [[name, millions_of_parameters(model), gflops(model)] for name, model in models]
     return markdown_table([title, "parameters (M)", f"GFLOPs at {SIZE} px"], rows)
 
 
 def results_table(family: str) -> str:
-    """Every config of a folder with its schedule, the AP that the paper has, and room for ours."""
+    """Every config of a folder with its schedule, the AP or mIOU that the paper has, and room for ours."""
+    metric = "mIOU" if family.startswith("pascal_voc") else "AP"
     rows = []
     for path in sorted((CONFIGS / family).glob("*.yaml")):
         cfg = load_config(f"{family}/{path.name}")
         human, pseudo = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.PSEUDO_IMS_PER_BATCH
-        in_paper = re.search(r"([\d.]+) AP in the paper", path.read_text(encoding="utf-8"))
+        in_paper = re.search(rf"([\d.]+) {metric} in the paper", path.read_text(encoding="utf-8"))
         rows.append(
             [
                 f"[{path.stem}](../configs/{family}/{path.name})",
@@ -116,11 +167,11 @@ def results_table(family: str) -> str:
             ]
         )
     return markdown_table(
-        ["config", "steps", "images a step", "alpha", "AP in the paper", "AP of ours"], rows
+        ["config", "steps", "images a step", "alpha", f"{metric} in the paper", f"{metric} of ours"], rows
     )
 
 
 if __name__ == "__main__":
     for family, title in FAMILIES.items():
         print(f"### {title}\n\n{results_table(family)}\n")
-    print(detector_table(), backbone_table(), sep="\n\n")
+    print(detector_table(), segmentation_table(), backbone_table(), sep="\n\n")

@@ -1,4 +1,4 @@
-"""EfficientNet backbones. Importing this package registers them with detectron2."""
+"""EfficientNet, FPN and NAS-FPN. Importing this package registers them with detectron2."""
 
 from selftrain_d2.modeling.backbone.efficientnet import (
     EFFICIENTNET_NAMES,
@@ -10,14 +10,17 @@ from selftrain_d2.modeling.backbone.fpn import (
     build_retinanet_efficientnet_fpn_backbone,
 )
 from selftrain_d2.modeling.backbone.fusion import fuse_batch_norms
+from selftrain_d2.modeling.backbone.nas_fpn import NASFPN, build_nas_fpn_backbone
 from selftrain_d2.modeling.backbone.norm import batch_norm_builder
 
 __all__ = [
     "EFFICIENTNET_NAMES",
+    "NASFPN",
     "EfficientNet",
     "batch_norm_builder",
     "build_efficientnet_backbone",
     "build_efficientnet_fpn_backbone",
+    "build_nas_fpn_backbone",
     "build_retinanet_efficientnet_fpn_backbone",
     "fuse_batch_norms",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
-from selftrain_d2.modeling.backbone.norm import NORM_KINDS, batch_norm_builder, set_batch_norm_constants
+from selftrain_d2.modeling.backbone.norm import configured_norm, set_batch_norm_constants
 
 
 @BACKBONE_REGISTRY.register()
@@ -86,7 +86,4 @@ def _p6_p7_from_p5(cfg: CfgNode) -> LastLevelP6P7:
 
 
 def _norm(cfg: CfgNode, kind: str) -> str | Callable[[int], nn.Module]:
-    if kind not in NORM_KINDS:  # other kinds (none, GN) need no care for devices and processes
-        return kind
-    keys = cfg.MODEL.FPN
-    return batch_norm_builder(kind, device=cfg.MODEL.DEVICE, eps=keys.NORM_EPS, momentum=keys.NORM_MOMENTUM)
+    return configured_norm(kind, cfg.MODEL.FPN, cfg.MODEL.DEVICE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from detectron2.config import CfgNode
 from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import nn
@@ -38,6 +39,19 @@ def batch_norm_builder(
     if kind == "SyncBN" and comm.get_world_size() > 1:
         layer = nn.SyncBatchNorm if device.startswith("cuda") else NaiveSyncBatchNorm
     return lambda channels: layer(channels, eps=eps, momentum=momentum)
+
+
+def configured_norm(kind: str, keys: CfgNode, device: str) -> str | Callable[[int], nn.Module]:
+    """A norm for ``detectron2.layers.get_norm``: a kind of NORM_KINDS with the constants of a config node.
+
+    Args:
+        kind: also others that detectron2 knows (none, GN), which need no care for devices and processes.
+        keys: has NORM_EPS and NORM_MOMENTUM.
+        device: MODEL.DEVICE.
+    """
+    if kind not in NORM_KINDS:
+        return kind
+    return batch_norm_builder(kind, device=device, eps=keys.NORM_EPS, momentum=keys.NORM_MOMENTUM)
 
 
 def set_batch_norm_constants(module: nn.Module, *, eps: float, momentum: float) -> None:
