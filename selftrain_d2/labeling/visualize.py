@@ -1,17 +1,20 @@
-"""Two pictures of pseudo labels: boxes on images side by side, and quality against the score threshold."""
+"""Pictures of pseudo labels: boxes on images, one by one or side by side, and quality against the threshold."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -19,10 +22,8 @@ from matplotlib.patheffects import Normal, Stroke
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.quality import Annotations, BoxMatches, QualityRow, match_boxes
-
-# Okabe and Ito's palette, told apart with every kind of colour vision; the lighter half for dark photos.
-YELLOW, SKY_BLUE, VERMILION, WHITE = "#F0E442", "#56B4E9", "#E8601C", "#FFFFFF"
-BLUE, GREEN, ORANGE, GREY = "#0072B2", "#009E73", "#D55E00", "#666666"
+from selftrain_d2.labeling.style import GREY, SKY_BLUE, THEMES, VERMILION, WHITE, YELLOW, shortened
+from selftrain_d2.labeling.style import save_figure as _save
 
 # Kinds of boxes: line style, and the legend's words.
 STYLES = {
@@ -105,6 +106,96 @@ def contact_sheet(
             top += height + gap
     _write_legend(figure, [kind for kind in STYLES if kind in used])
     _save(figure, path)
+
+
+def image_tile(
+    image: np.ndarray | None,
+    size: tuple[int, int],
+    boxes: Annotations,
+    truth: Annotations | None = None,
+    *,
+    problem: str = "",
+    class_names: Sequence[str] | None = None,
+    side: int = 512,
+) -> tuple[np.ndarray, str]:
+    """Draw one image with its boxes, and masks where they have some.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, or None where there is none to show: then the boxes are drawn on grey.
+        size: (height, width) in pixels that the boxes are meant for.
+        boxes: predicted ones, coloured by their outcome if there is ``truth``.
+        problem: words to write over the picture.
+        side: the longer side of the picture, in pixels.
+
+    Returns:
+        The picture, (h, w, 3) uint8 RGB, and the counts in words.
+    """
+    scale = side / max(size)
+    height, width = (max(1, round(length * scale)) for length in size)
+    if image is None:
+        picture = np.full((height, width, 3), 110, np.uint8)
+    else:
+        shrinks = image.shape[0] > height
+        picture = cv2.resize(
+            image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        )
+    matches = None if truth is None else match_boxes([boxes], [truth])
+    (kinds,) = _kinds([boxes], None if truth is None else [truth], matches)
+    for annotation, kind in kinds:
+        _paint_mask(picture, annotation, STYLES[kind][0]["color"])
+    dpi = side / 2  # lines and words are measured in points: this keeps them legible at half the size
+    figure = Figure((width / dpi, height / dpi), dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    names = None if class_names is None else [shortened(name) for name in class_names]
+    for annotation, kind in kinds:
+        _draw_box(axes, annotation, kind, scale, names)
+    if problem:
+        axes.text(
+            width / 2,
+            height / 2,
+            problem,
+            color="white",
+            fontsize=6.5,
+            ha="center",
+            va="center",
+            wrap=True,
+            bbox={"facecolor": "#1C2128", "edgecolor": "none", "pad": 3, "alpha": 0.8},
+        )
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy(), _counts([boxes], matches)
+
+
+def tile_sheet(
+    path: str | os.PathLike,
+    tiles: Sequence[np.ndarray],
+    captions: Sequence[str],
+    title: str,
+    columns: int = 4,
+) -> None:
+    """Write pictures (h, w, 3) as a grid with a line under each."""
+    rows = -(-len(tiles) // columns)
+    figure = Figure((2.2 * columns, 2.45 * rows + 0.35), dpi=130, facecolor="white", layout="constrained")
+    figure.suptitle(title, size=9, weight="bold")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, tile, caption in zip(figure.axes, tiles, captions):
+        axes.imshow(tile)
+        axes.set_title(caption, size=5.5, y=-0.02, va="top", color=GREY)
+    _save(figure, path)
+
+
+def _paint_mask(picture: np.ndarray, annotation: Mapping[str, Any], color: str) -> None:
+    """Tint the pixels of an annotation's mask, if it has one in COCO's RLE."""
+    mask = annotation.get("segmentation")
+    if not isinstance(mask, Mapping):
+        return
+    inside = mask_util.decode(dict(mask))
+    inside = cv2.resize(inside, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+    tint = 255 * np.array(to_rgb(color))
+    picture[inside] = (0.6 * picture[inside] + 0.4 * tint).astype(np.uint8)
 
 
 def _kinds(
@@ -206,61 +297,50 @@ def precision_recall_plot(
     if not rows:
         raise InputError("There is nothing to plot: no row counts all classes together.")
     thresholds = [row.threshold for row in rows]
-    figure = Figure((INCHES, 4), dpi=200, facecolor="white", layout="constrained")
-    ratios, counts = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+    with rc_context(THEMES["light"]):
+        figure = Figure((INCHES, 4), dpi=200, layout="constrained")
+        ratios, counts = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
 
-    curves = {
-        "Precision": (BLUE, "o", [row.precision for row in rows]),
-        "Recall": (ORANGE, "s", [row.recall for row in rows]),
-        "F1": (GREEN, "^", [row.f1 for row in rows]),
-    }
-    for name, (color, marker, values) in curves.items():
-        known = [np.nan if value is None else value for value in values]
-        ratios.plot(thresholds, known, color=color, marker=marker, markersize=3, linewidth=1.3, label=name)
-    ratios.set(ylim=(-0.02, 1.02), ylabel="Precision, recall, F1")
+        curves = {
+            "Precision": ("o", [row.precision for row in rows]),
+            "Recall": ("s", [row.recall for row in rows]),
+            "F1": ("^", [row.f1 for row in rows]),
+        }
+        for name, (marker, values) in curves.items():
+            known = [np.nan if value is None else value for value in values]
+            ratios.plot(thresholds, known, marker=marker, markersize=3, linewidth=1.3, label=name)
+        ratios.set(ylim=(-0.02, 1.02), ylabel="Precision, recall, F1")
 
-    counts.plot(
-        thresholds, [row.boxes for row in rows], color="#333333", marker="D", markersize=2.6, linewidth=1.3
-    )
-    counts.axhline(rows[0].truth, color=GREY, linewidth=0.9, linestyle=(0, (4, 2)))
-    counts.annotate(
-        f"{rows[0].truth} human boxes",
-        (1, rows[0].truth),
-        xycoords=("axes fraction", "data"),
-        xytext=(-3, 2.5),
-        textcoords="offset points",
-        fontsize=6.5,
-        color=GREY,
-        ha="right",
-        va="bottom",
-    )
-    highest = max(rows[0].truth, *(row.boxes for row in rows), 1)
-    counts.set(ylim=(0, 1.18 * highest), ylabel="Boxes", xlabel="Score threshold")
-
-    for axes in (ratios, counts):
-        training = f"used for training: {score_thresh:g}"
-        axes.axvline(
-            score_thresh, color="black", linewidth=0.9, linestyle=(0, (1, 1.5)), label=training, zorder=0
+        counts.plot(
+            thresholds,
+            [row.boxes for row in rows],
+            color="#333333",
+            marker="D",
+            markersize=2.6,
+            linewidth=1.3,
         )
-        axes.grid(color="#E4E4E4", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=7, length=2.5)
-        axes.xaxis.label.set_size(8)
-        axes.yaxis.label.set_size(8)
-        axes.spines[["top", "right"]].set_visible(False)
-    ratios.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=7.5, frameon=False, handlelength=2.5
-    )
-    figure.align_ylabels()
-    _save(figure, path)
+        counts.axhline(rows[0].truth, color=GREY, linewidth=0.9, linestyle=(0, (4, 2)))
+        counts.annotate(
+            f"{rows[0].truth} human boxes",
+            (1, rows[0].truth),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 2.5),
+            textcoords="offset points",
+            fontsize=6.5,
+            color=GREY,
+            ha="right",
+            va="bottom",
+        )
+        highest = max(rows[0].truth, *(row.boxes for row in rows), 1)
+        counts.set(ylim=(0, 1.18 * highest), ylabel="Boxes", xlabel="Score threshold")
 
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write the picture beside its place, then rename: it is never seen half-written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi="figure")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        for axes in (ratios, counts):
+            training = f"used for training: {score_thresh:g}"
+            axes.axvline(
+                score_thresh, color="black", linewidth=0.9, linestyle=(0, (1, 1.5)), label=training, zorder=0
+            )
+            axes.grid()
+            axes.tick_params(labelsize=7)
+        ratios.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=7.5, handlelength=2.5)
+        figure.align_ylabels()
+        _save(figure, path)

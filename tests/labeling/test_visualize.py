@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.structures import BoxMode
 from matplotlib.colors import to_rgb
@@ -9,7 +10,14 @@ from matplotlib.colors import to_rgb
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling import visualize
 from selftrain_d2.labeling.quality import precision_recall_by_threshold
-from selftrain_d2.labeling.visualize import STYLES, contact_sheet, precision_recall_plot
+from selftrain_d2.labeling.style import WHITE
+from selftrain_d2.labeling.visualize import (
+    STYLES,
+    contact_sheet,
+    image_tile,
+    precision_recall_plot,
+    tile_sheet,
+)
 
 
 def box(left, top, right, bottom, score=None, category=0, crowd=0):
@@ -177,3 +185,55 @@ def test_plot_is_written_whole_and_replaces_an_older_one(tmp_path, rows, monkeyp
 def test_plot_needs_a_row_of_all_classes(tmp_path, rows):
     with pytest.raises(InputError, match="all classes"):
         precision_recall_plot([row for row in rows if row.category is not None], tmp_path / "x.png")
+
+
+# ---- One image, for the report --------------------------------------------------------------------
+
+
+def sees(picture, kind):
+    """(H, W) bool: pixels of the colour of a kind of box."""
+    return near(picture, STYLES[kind][0]["color"])
+
+
+def test_a_tile_colours_boxes_by_outcome_and_counts_them():
+    grey = np.full((50, 100, 3), 90, np.uint8)
+    boxes = [box(10, 10, 30, 40, score=0.9), box(60, 10, 80, 40, score=0.8)]
+    picture, counts = image_tile(grey, (50, 100), boxes, [box(10, 10, 30, 40), box(40, 5, 55, 45)], side=400)
+    assert picture.shape == (200, 400, 3) and counts == "1 of 2 found, 1 wrong"
+    for kind, right in (("correct", 30), ("wrong", 80)):  # four pixels each pixel of the image
+        assert sees(picture, kind)[60:140, 4 * right - 4 : 4 * right + 4].any(axis=1).all()
+    assert not sees(picture, "wrong")[:, :220].any() and not sees(picture, "correct")[:, 220:].any()
+    assert image_tile(grey, (50, 100), boxes)[1] == "2 boxes"
+
+
+def test_a_tile_tints_masks():
+    mask = np.zeros((100, 100), np.uint8, order="F")
+    mask[20:80, 20:40] = 1
+    rle = mask_util.encode(mask)
+    rle["counts"] = rle["counts"].decode()  # as the store has it
+    boxes = [{**box(10, 10, 90, 90, score=0.9), "segmentation": rle}]
+    picture, _ = image_tile(np.full((100, 100, 3), 90, np.uint8), (100, 100), boxes, side=200)
+    tinted = 0.6 * 90 + 0.4 * 255 * np.array(to_rgb(STYLES["plain"][0]["color"]))
+    np.testing.assert_allclose(picture[60:150, 50:70].mean((0, 1)), tinted, atol=2)
+    np.testing.assert_allclose(picture[60:150, 100:150].mean((0, 1)), 90, atol=2)
+
+
+def test_a_tile_without_an_image_says_so_on_grey():
+    boxes = [box(10, 10, 30, 40, score=0.9)]
+    picture, counts = image_tile(None, (400, 800), boxes, problem="image file not found", side=300)
+    assert picture.shape == (150, 300, 3) and counts == "1 box"
+    assert near(picture, WHITE).any() and not near(image_tile(None, (9, 9), [])[0], WHITE).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 2)])
+def test_tiles_of_odd_shapes(size):
+    picture, _ = image_tile(np.zeros((*size, 3), np.uint8), size, [box(0, 0, 1, 1, score=0.5)], side=100)
+    assert max(picture.shape[:2]) == 100
+
+
+def test_a_sheet_of_tiles_shows_each(tmp_path):
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
+    tiles = [np.full((40, 60, 3), color, np.uint8) for color in colors]
+    tile_sheet(tmp_path / "sheet.png", tiles, ["words"] * 5, "Title")
+    picture = read(tmp_path / "sheet.png")
+    assert all(near(picture, np.array(color) / 255).sum() > 2000 for color in colors)
