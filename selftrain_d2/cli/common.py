@@ -114,11 +114,25 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
         raise InputError(f"KEY VALUE words come in pairs, but {options[-1]!r} stands alone.")
     for key, value in zip(options[::2], options[1::2]):
         try:
-            cfg.merge_from_list([key, value])
-        except (KeyError, AssertionError, AttributeError):
+            cfg.merge_from_list([key, _fit_float(cfg, key, value)])
+        except (
+            KeyError,
+            AssertionError,
+            AttributeError,
+            TypeError,
+        ):  # TypeError: a key below one that is no section
             raise InputError(f"There is no config key {key!r}.") from None
         except ValueError as error:
             raise InputError(f"Config key {key}: {_one_line(error)}.") from error
+
+
+def _fit_float(cfg: CfgNode, key: str, value: str) -> str | float:
+    """A whole number for a key with a fraction (SELFTRAIN.ALPHA 1) as 1.0; yacs would refuse it."""
+    node: object = cfg
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    is_whole = isinstance(node, float) and str(value).lstrip("+-").isdecimal()
+    return float(value) if is_whole else value
 
 
 def find_config(name: str) -> Path:
@@ -134,9 +148,10 @@ def find_config(name: str) -> Path:
 
 
 def shipped_configs() -> list[str]:
-    """Names of all shipped configs."""
+    """Names of all shipped configs of detectors; those of grids of experiments are not among them."""
     folder = next((f for f in _CONFIG_FOLDERS if f.is_dir()), None)
-    return [] if folder is None else sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    names = [] if folder is None else sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    return [name for name in names if not name.startswith("grids/")]
 
 
 def _one_line(error: Exception) -> str:

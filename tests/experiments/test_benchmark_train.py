@@ -34,3 +34,17 @@ def test_every_contestant_is_measured(monkeypatch):
     one, two = benchmark_train.ONE_FORWARD, benchmark_train.TWO_FORWARDS
     assert rates[one] / rates[two] == pytest.approx(speeds[one]["median"] / speeds[two]["median"])
     assert all(key in results["table"] for key in speeds)
+    memory = results["memory_gib"]["efficientnet-b0"]
+    assert memory[two] < 0.7 * memory[one]  # an image at a time
+    assert memory[one] == pytest.approx(memory[benchmark_train.SUPERVISED], rel=0.05)
+
+
+def test_memory_kept_for_backward_worked_out_by_hand():
+    weight = nn.Parameter(torch.ones(1000))
+    inputs = torch.ones(1000)
+
+    def step():
+        hidden = inputs * weight  # keeps the inputs: 4 kB
+        (hidden.exp().sum()).backward()  # exp keeps its output: 4 kB more; the parameter does not count
+
+    assert benchmark_train._kept_for_backward(step) * 2**30 == 8000
