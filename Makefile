@@ -39,6 +39,8 @@ bench: setup
 	$(BIN)/python tools/benchmark.py --task augmentation
 	$(BIN)/python tools/benchmark.py --task backbone
 	$(BIN)/python tools/benchmark.py --task train
+	$(BIN)/python tools/benchmark.py --task label
+	$(BIN)/python tools/benchmark.py --task store
 
 DATA := data/neon_trees
 WEIGHTS := data/efficientnet_lite0_imagenet.pth

@@ -18,6 +18,7 @@ from selftrain_d2.data.datasets import register_image_folder, register_pseudo_la
 from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.pseudo_label_store import load_pseudo_labels
+from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine import LossNormalizer, SelfTrainingTrainer
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.generate import generate_pseudo_labels
@@ -37,4 +38,5 @@ __all__ = [
     "load_pseudo_labels",
     "register_image_folder",
     "register_pseudo_labels",
+    "register_segmentation_folder",
 ]

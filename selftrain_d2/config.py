@@ -42,6 +42,24 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.MODEL.FPN.NORM_EPS = cfg.MODEL.RETINANET.NORM_EPS = cfg.MODEL.RESNETS.NORM_EPS = 1e-5
     cfg.MODEL.FPN.NORM_MOMENTUM = cfg.MODEL.RETINANET.NORM_MOMENTUM = cfg.MODEL.RESNETS.NORM_MOMENTUM = 0.1
 
+    # ---- NAS-FPN; MODEL.FPN.IN_FEATURES, OUT_CHANNELS and NORM* are its too ---------------------
+    cfg.MODEL.NAS_FPN = CfgNode()
+    # Backbone below build_nas_fpn_backbone: a name in BACKBONE_REGISTRY.
+    cfg.MODEL.NAS_FPN.BOTTOM_UP = "build_efficientnet_backbone"
+    # Cells one after another.
+    cfg.MODEL.NAS_FPN.REPEATS = 7
+    # 3x3 convolutions are a depthwise 3x3 and a 1x1 one (the paper's, for segmentation). False: full ones.
+    cfg.MODEL.NAS_FPN.SEPARABLE = True
+    # relu or swish.
+    cfg.MODEL.NAS_FPN.ACTIVATION = "relu"
+
+    # ---- SemSegPyramidSumHead -------------------------------------------------------------------
+    # 3x3 convolutions before the classifier.
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CONVS = 3
+    # Constants of its batch norm; PyTorch's. [TF] has eps 1e-3 and momentum 0.003 here and in NAS-FPN.
+    cfg.MODEL.SEM_SEG_HEAD.NORM_EPS = 1e-5
+    cfg.MODEL.SEM_SEG_HEAD.NORM_MOMENTUM = 0.1
+
     # ---- SelfTrainingRetinaNet; the defaults are detectron2's RetinaNet -------------------------
     # A box's best anchor is always positive. True: and predicts that box ([TF]); of several boxes the first.
     # False: it predicts the box that it overlaps most.
@@ -80,6 +98,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.DATASETS.PSEUDO_TRAIN = ()
     # Pseudo-labeled images per step over all processes, beside SOLVER.IMS_PER_BATCH human-labeled ones.
     cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
+    # As SAMPLER_TRAIN, for pseudo-labeled images: TrainingSampler, or RepeatFactorTrainingSampler, which repeats
+    # images of rare classes (DATALOADER.REPEAT_THRESHOLD).
+    cfg.DATALOADER.PSEUDO_SAMPLER_TRAIN = "TrainingSampler"
 
     # ---- The training step ----------------------------------------------------------------------
     # Split the images of a step into so many parts that pass through the model one after the other, for a
@@ -100,8 +121,26 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.NORMALIZE_LOSS = True
     # Decay per step of the moving averages of both losses.
     cfg.SELFTRAIN.EMA_DECAY = 0.9997
-    # Pseudo boxes below this score are not trained on. Applied when labels are loaded, not when written.
+    # Pseudo boxes below this score are not trained on, pixels ignored. Applied when labels are loaded, not when
+    # written.
     cfg.SELFTRAIN.SCORE_THRESH = 0.5
+    # NAME, NUMBER, NAME, NUMBER, ...: other thresholds for these classes.
+    cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ()
+    # In place of both: the threshold that leaves this many pseudo boxes an image on average, e.g. as many as human
+    # labels have. 0: off.
+    cfg.SELFTRAIN.BOXES_PER_IMAGE = 0.0
+    # Of the pseudo boxes of an image that reach their threshold, only the best so many. 0: all.
+    cfg.SELFTRAIN.TOP_K = 0
+    # How the teacher's network calculates when it labels: float32, float16 or bfloat16. The last two move scores by
+    # about 0.01 and 0.03, let them depend on the batch size, and are slower on a CPU.
+    cfg.SELFTRAIN.LABEL_PRECISION = "float32"
+    # Test-time augmentation of the teacher. The paper has none for boxes, six scales for masks (which our base config
+    # of segmentors sets).
+    cfg.SELFTRAIN.TTA = CfgNode()
+    # Label each image mirrored too, and merge the boxes, or average the probabilities of each pixel.
+    cfg.SELFTRAIN.TTA.FLIP = False
+    # Label each image at these multiples of INPUT.AUGMENTATION.IMAGE_SIZE, and merge or average likewise.
+    cfg.SELFTRAIN.TTA.SCALES = (1.0,)
     # Warn while a smaller share of the pseudo-labeled images has a box.
     cfg.SELFTRAIN.MIN_NONEMPTY_SHARE = 0.05
     # Warn while pseudo-labeled images have more than so many times the boxes of human-labeled ones, per image.

@@ -1,13 +1,30 @@
-"""JSON files that are never seen half-written, and work that is not mixed up with other work."""
+"""Files that are never seen half-written, and work that is not mixed up with other work."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from selftrain_d2.errors import InputError
+
+_ROOM, _RIGHTS, _PATH = "make room on that disk", "check its permissions", "correct the path"
+_ADVICE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOTDIR: _PATH,
+    errno.EEXIST: _PATH,  # a file where a folder is to be
+    errno.EISDIR: _PATH,
+    errno.ENOENT: _PATH,
+}
 
 
 def read_json(file: str | os.PathLike) -> Any:
@@ -23,16 +40,51 @@ def read_json(file: str | os.PathLike) -> Any:
 
 
 def write_json(file: str | os.PathLike, content: Any) -> None:
-    """Write a JSON file whole: beside, then renamed."""
+    """Write a JSON file whole, as :func:`whole_file` does."""
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(file: str | os.PathLike, content: str) -> None:
-    """Write a text file whole: beside, then renamed."""
+    """Write a text file whole, as :func:`whole_file` does."""
+    with whole_file(file) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(file: str | os.PathLike) -> Iterator[Path]:
+    """A path beside ``file`` to write to, renamed to ``file`` when the block ends without an exception.
+
+    Whatever ends the block, a kill excepted, nothing else is left; before the renaming ``file`` is as it was.
+
+    Raises:
+        InputError: see :func:`writing`.
+    """
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        with writing(file):
+            yield temporary
+            os.replace(temporary, file)
+    finally:
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Tell the user of a full disk, of one that may not be written to, or of a path that cannot be.
+
+    Raises:
+        InputError: with the path, in place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): {_ADVICE[error.errno]} and run the same command again."
+        ) from error
 
 
 def check_unchanged(folder: str | os.PathLike, before: dict[str, Any], now: dict[str, Any]) -> None:

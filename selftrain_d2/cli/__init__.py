@@ -17,12 +17,19 @@ from selftrain_d2.errors import InputError
 COMMANDS = {
     "train": "train_net",
     "label": "generate_pseudo_labels",
+    "export": "export_pseudo_labels",
+    "import": "import_pseudo_labels",
     "self-train": "self_train",
+    "inspect": "inspect_pseudo_labels",
     "replay": "replay_batch",
     "plot-metrics": "plot_metrics",
     "convert": "convert_weights",
+    "splits": "make_splits",
     "prepare-neon-trees": "prepare_neon_trees",
+    "prepare-aerial-digits": "prepare_aerial_digits",
     "visualize-augmentations": "visualize_augmentations",
+    "grid": "run_grid",
+    "report": "report",
     "benchmark": "benchmark",
 }
 

@@ -1,4 +1,4 @@
-"""Measure speed on this machine: augmentation, backbone, training or labeling.
+"""Measure speed on this machine: augmentation, backbone, training, labeling or the pseudo-label store.
 
 Contestants take turns in one process, so that ratios hold even where other programs run beside it. Prints
 a table; --output also writes every figure as JSON.
@@ -18,6 +18,8 @@ from selftrain_d2.experiments.benchmark import machine, use_one_core
 TASKS = {
     "augmentation": "selftrain_d2.experiments.benchmark_augmentation",
     "backbone": "selftrain_d2.experiments.benchmark_backbone",
+    "label": "selftrain_d2.experiments.benchmark_label",
+    "store": "selftrain_d2.experiments.benchmark_pseudo_label_store",
     "train": "selftrain_d2.experiments.benchmark_train",
 }
 

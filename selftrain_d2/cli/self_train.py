@@ -6,6 +6,10 @@ goes on from there and redoes nothing that is finished. summary.md and summary.j
     selftrain-d2 self-train --config-file neon_trees/lite0_256.yaml \\
         --labeled-json labeled.json --labeled-images photos --unlabeled-images more_photos \\
         --val-json val.json --val-images val_photos --output output
+
+    selftrain-d2 self-train --task segmentation --config-file aerial_digits/segmentor_lite0_128.yaml \\
+        --classes background road tree --labeled-images photos --labeled-masks masks \\
+        --unlabeled-images more_photos --val-images val_photos --val-masks val_masks --output output
 """
 
 from __future__ import annotations
@@ -15,23 +19,62 @@ import argparse
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.engine.logs import log_to_console
-from selftrain_d2.engine.pipeline import SelfTrainingData, self_train
+from selftrain_d2.engine.pipeline import self_train
 from selftrain_d2.engine.summary import to_markdown
+from selftrain_d2.engine.tasks import TASKS, Task
+from selftrain_d2.errors import InputError
+
+# Arguments of one task alone -> its field.
+_OWN_ARGUMENTS = {
+    "detection": {
+        "--labeled-json": "labeled_json",
+        "--val-json": "validation_json",
+        "--unlabeled-truth-json": "unlabeled_truth_json",
+    },
+    "segmentation": {
+        "--labeled-masks": "labeled_masks",
+        "--classes": "classes",
+        "--val-masks": "validation_masks",
+        "--unlabeled-truth-masks": "unlabeled_truth_masks",
+    },
+}
+_NEEDED = {"detection": ("--labeled-json",), "segmentation": ("--labeled-masks", "--classes")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this command."""
-    parser.add_argument("--labeled-json", required=True, metavar="JSON", help="human labels, in COCO JSON")
-    parser.add_argument("--labeled-images", required=True, metavar="FOLDER", help="the images it names")
+    parser.add_argument(
+        "--task", choices=list(TASKS), default="detection", help="boxes (the default) or masks of pixels"
+    )
+    parser.add_argument("--labeled-images", required=True, metavar="FOLDER", help="images with human labels")
     parser.add_argument(
         "--unlabeled-images", required=True, metavar="FOLDER", help="images without labels, nested or not"
     )
-    parser.add_argument("--val-json", metavar="JSON", help="human labels to evaluate on, in COCO JSON")
-    parser.add_argument("--val-images", metavar="FOLDER", help="the images it names")
-    parser.add_argument(
+    parser.add_argument("--val-images", metavar="FOLDER", help="images with human labels to evaluate on")
+    boxes = parser.add_argument_group("detection")
+    boxes.add_argument("--labeled-json", metavar="JSON", help="human labels, in COCO JSON")
+    boxes.add_argument("--val-json", metavar="JSON", help="those of --val-images")
+    boxes.add_argument(
         "--unlabeled-truth-json",
         metavar="JSON",
         help="labels of the unlabeled images, if there are any: only to judge the pseudo labels by",
+    )
+    masks = parser.add_argument_group(
+        "segmentation",
+        "The mask of images/a/b.jpg is masks/a/b.png: class ids from 0, 255 to ignore a pixel.",
+    )
+    masks.add_argument("--labeled-masks", metavar="FOLDER", help="human masks, as PNG")
+    masks.add_argument("--val-masks", metavar="FOLDER", help="those of --val-images")
+    masks.add_argument(
+        "--unlabeled-truth-masks",
+        metavar="FOLDER",
+        help="masks of the unlabeled images, if there are any: only to judge the pseudo masks by",
+    )
+    masks.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="class names by id, the first that of 0; before another --argument",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the stages and the summary")
     parser.add_argument(
@@ -47,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.05,
         metavar="S",
-        help="write only pseudo boxes of at least this score",
+        help="write only pseudo boxes, or pixels, of at least this score",
     )
     add_launch_arguments(parser)
     add_config_arguments(parser)
@@ -56,18 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the loop and print its summary."""
     log_to_console()
+    task = _task(args)
     cfg = setup_config(args)
-    data = SelfTrainingData(
-        labeled_json=args.labeled_json,
-        labeled_images=args.labeled_images,
-        unlabeled_images=args.unlabeled_images,
-        validation_json=args.val_json,
-        validation_images=args.val_images,
-        unlabeled_truth_json=args.unlabeled_truth_json,
-    )
     summary = self_train(
         cfg,
-        data,
+        task,
         args.output,
         rounds=args.rounds,
         control=args.control,
@@ -76,3 +112,23 @@ def run(args: argparse.Namespace) -> None:
         processes=processes_of(args),
     )
     print("\n" + to_markdown(summary))
+
+
+def _task(args: argparse.Namespace) -> Task:
+    """The task with its data.
+
+    Raises:
+        InputError: an argument is missing, or is one of the other task.
+    """
+    given = vars(args)
+    values = {}
+    for task, arguments in _OWN_ARGUMENTS.items():
+        for argument, field in arguments.items():
+            value = given[argument.lstrip("-").replace("-", "_")]
+            if task == args.task:
+                if value is None and argument in _NEEDED[task]:
+                    raise InputError(f"--task {task} needs {argument}.")
+                values[field] = value
+            elif value is not None:
+                raise InputError(f"{argument} goes with --task {task}, not with {args.task}.")
+    return TASKS[args.task](args.labeled_images, args.unlabeled_images, args.val_images, **values)

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "FOLDER"),
-        help="register a pseudo-label folder under a name, thresholded at SELFTRAIN.SCORE_THRESH; may be repeated",
+        help="register a pseudo-label folder under a name, with the boxes that SELFTRAIN.SCORE_THRESH, "
+        "SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE select; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = setup_config(args)
     cfg.freeze()
     datasets = [human_labels(*words) for words in args.human_labels]
-    datasets += [pseudo_labels(*words, cfg.SELFTRAIN.SCORE_THRESH) for words in args.pseudo_labels]
+    datasets += [pseudo_labels(*words, cfg) for words in args.pseudo_labels]
     if args.eval_only:
         if not cfg.DATASETS.TEST or not cfg.MODEL.WEIGHTS:
             raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")

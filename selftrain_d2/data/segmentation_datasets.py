@@ -105,7 +105,10 @@ def register_voc_2012() -> None:
 
 
 def load_segmentation_folder(
-    images: str | os.PathLike, masks: str | os.PathLike, classes: Sequence[str]
+    images: str | os.PathLike,
+    masks: str | os.PathLike,
+    classes: Sequence[str],
+    names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Dataset dicts of a folder of images, nested or not, and one of masks, all of them checked.
 
@@ -114,6 +117,7 @@ def load_segmentation_folder(
     Args:
         images, masks: the folders.
         classes: names; the first is that of id 0. Pixels of id 255 are ignored.
+        names: of the images in use, relative to their folder; all by default.
 
     Returns:
         dicts with ``file_name, image_id, height, width, sem_seg_file_name``; ``image_id`` is the path relative to
@@ -127,7 +131,7 @@ def load_segmentation_folder(
         raise InputError(f"Mask folder {masks} does not exist or is not a folder.")
     if not 1 <= len(classes) <= VOID:
         raise InputError(f"{len(classes)} classes are named: masks can have 1 to {VOID}.")
-    names = list_images(images)
+    names = list_images(images) if names is None else names
     owner: dict[str, str] = {}
     for name in names:
         stem = os.path.splitext(name)[0]

@@ -22,14 +22,16 @@ from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessRaisedException
 
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
-from selftrain_d2.data.pseudo_label_selection import selection_from_config
+from selftrain_d2.data.image_sources import absolute_root
+from selftrain_d2.data.loader import check_registered
+from selftrain_d2.data.pseudo_label_selection import class_names_of, selection_from_config
 from selftrain_d2.data.pseudo_label_store import read_manifest
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import write_json
-from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
+from selftrain_d2.modeling.checkpoint import load_weights, require_complete
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,12 @@ class Processes:
 
 def human_labels(name: str, json_file: str, image_root: str) -> DatasetSpec:
     """Human labels in COCO JSON, for :func:`registered`."""
-    return name, register_human_labels, (os.path.abspath(json_file), os.path.abspath(image_root))
+    return name, register_human_labels, (os.path.abspath(json_file), absolute_root(image_root))
 
 
 def pseudo_labels(name: str, folder: str, cfg: CfgNode) -> DatasetSpec:
-    """A pseudo-label folder, for :func:`registered`, with the boxes that SELFTRAIN.* selects."""
-    selection = selection_from_config(cfg, read_manifest(folder)["thing_classes"])
+    """A pseudo-label folder, for :func:`registered`, with the boxes or pixels that SELFTRAIN.* selects."""
+    selection = selection_from_config(cfg, class_names_of(read_manifest(folder)))
     return name, functools.partial(register_pseudo_labels, **selection), (os.path.abspath(folder),)
 
 
@@ -186,10 +188,9 @@ def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_un
 
 def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool) -> dict[str, Any]:
     with _run(cfg, datasets):
+        check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
         model = SelfTrainingTrainer.build_model(cfg)
-        SafeDetectionCheckpointer(model, allow_unsafe=allow_unsafe).load(
-            cfg.MODEL.WEIGHTS, checkpointables=[]
-        )
+        require_complete(load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe), cfg.MODEL.WEIGHTS)
         results = SelfTrainingTrainer.test(cfg, model)
         for task, metrics in results.items():
             logger.info(f"{task}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))

@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from selftrain_d2.files import writing
+
 _LOGGERS = ("selftrain_d2", "detectron2", "fvcore")
 
 
@@ -31,9 +33,14 @@ def log_to_console() -> None:
 
 @contextlib.contextmanager
 def log_to_file(path: str | os.PathLike) -> Iterator[None]:
-    """Append every log line to a file, as long as the context lasts."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Append every log line to a file, as long as the context lasts.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with writing(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
     for logger in _configured():
         logger.addHandler(handler)
@@ -54,5 +61,7 @@ def _configured() -> list[logging.Logger]:
 
 
 def _is_progress(record: logging.LogRecord) -> bool:
+    if record.name == "detectron2.engine.train_loop" and record.exc_info:
+        return False  # the exception itself comes as well, a user's mistake as one sentence
     ours = record.name.startswith("selftrain_d2") or record.name == "detectron2.utils.events"
     return ours or record.levelno >= logging.WARNING

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.files import writing
 
 METRICS = "metrics.json"
 
@@ -75,10 +76,13 @@ def plot_metrics(folders: Sequence[str | os.PathLike], output: str | os.PathLike
         output: a PNG, SVG or PDF file.
 
     Raises:
-        InputError: a folder has no metrics.json, or that is damaged.
+        InputError: a folder has no metrics.json, or that is damaged; there is nothing to draw; the file cannot be
+            written.
     """
     runs = [(Path(folder), read_metrics(folder)) for folder in folders]
     panels = [p for p in PANELS if any(name in scalars for _, scalars in runs for name in p[3])]
+    if not panels:
+        raise InputError(f"{', '.join(map(str, folders))}: the {METRICS} have nothing that is drawn here.")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False)
@@ -98,9 +102,12 @@ def plot_metrics(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.tight_layout()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    try:
+        with writing(output):
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(output, dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def read_metrics(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
@@ -119,7 +126,7 @@ def read_metrics(folder: str | os.PathLike) -> dict[str, dict[int, float]]:
         try:
             entry: dict[str, Any] = json.loads(line)
             step = int(entry.pop("iteration"))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             if number == len(lines):
                 break
             raise InputError(f"{file}, line {number} is not a line of metrics: {error}.") from error

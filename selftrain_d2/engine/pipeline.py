@@ -8,26 +8,25 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco_class_names, list_images
-from selftrain_d2.data.pseudo_label_selection import selection_from_config
-from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
+from selftrain_d2.data.datasets import list_images
+from selftrain_d2.data.pseudo_label_store import read_manifest
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,
     Processes,
-    human_labels,
     in_torchrun,
     pseudo_labels,
     run_in_processes,
     train,
 )
 from selftrain_d2.engine.summary import write_summary
+from selftrain_d2.engine.tasks import Task
+from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
 from selftrain_d2.engine.trainer import WEIGHT_AVERAGE
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json, write_json
@@ -36,7 +35,7 @@ from selftrain_d2.modeling.checkpoint import file_sha256
 
 logger = logging.getLogger(__name__)
 
-LABELED, PSEUDO, VALIDATION = "selftrain_labeled", "selftrain_pseudo", "selftrain_validation"
+PSEUDO = "selftrain_pseudo"
 STAGE = "stage.json"
 
 # Where and how fast a stage runs, and how often it saves, does not change what it makes.
@@ -54,47 +53,9 @@ _KEYS_WITHOUT_EFFECT = (
 )
 
 
-@dataclass
-class SelfTrainingData:
-    """One's own data, as paths. The two optional parts serve to judge, never to train."""
-
-    labeled_json: str
-    labeled_images: str
-    unlabeled_images: str
-    validation_json: str | None = None
-    validation_images: str | None = None
-    #: Withheld labels of the unlabeled images, if there are any: pseudo labels are judged by them.
-    unlabeled_truth_json: str | None = None
-
-    def check(self) -> list[str]:
-        """Check all files before any work starts.
-
-        Returns:
-            The class names.
-
-        Raises:
-            InputError: see ``check_coco_json`` and ``list_images``; or validation has other classes.
-        """
-        labeled = check_coco_json(self.labeled_json, self.labeled_images)
-        if not labeled.get("annotations"):
-            raise InputError(f"{self.labeled_json} has no annotations: the teacher needs labeled images.")
-        classes = coco_class_names(labeled)
-        list_images(self.unlabeled_images)
-        if (self.validation_json is None) != (self.validation_images is None):
-            raise InputError("--val-json and --val-images belong together: give both or neither.")
-        for json_file, images in (
-            (self.validation_json, self.validation_images),
-            (self.unlabeled_truth_json, self.unlabeled_images),
-        ):
-            if json_file is not None:
-                names = coco_class_names(check_coco_json(json_file, images))
-                check_same_classes(classes, names, json_file, self.labeled_json)
-        return classes
-
-
 def self_train(
     cfg: CfgNode,
-    data: SelfTrainingData,
+    task: Task,
     output: str | os.PathLike,
     *,
     rounds: int = 1,
@@ -114,12 +75,12 @@ def self_train(
             SELFTRAIN.STUDENT_WEIGHTS (the teacher's in the paper, Section 3 and Table 10), and sees
             SOLVER.PSEUDO_IMS_PER_BATCH pseudo images a step; where that is 0, as many as human ones (the
             paper's half and half).
-        data: the images and labels.
+        task: the images and labels.
         rounds: with N > 1 the student becomes the next teacher, N - 1 times; those stages are in
             ``round_2/``, ...
         control: also train, from the weights that the student started from, for its steps on human labels
             alone. What the student gains over this control is what the unlabeled images gave.
-        score_floor: pseudo boxes of a lower score are not even written.
+        score_floor: pseudo boxes, or pixels, of a lower score are not even written.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: of training and labeling; one by default.
 
@@ -135,10 +96,10 @@ def self_train(
             "self-train runs on one machine and starts its own processes: use --num-gpus without torchrun, or run "
             "its stages (train, label, train) on several machines, as docs/training.md shows."
         )
-    classes = data.check()
+    classes = task.check(cfg)
     if rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {rounds}.")
-    loop = _Loop(cfg, data, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
+    loop = _Loop(cfg, task, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
     start = time.perf_counter()
     teacher = loop.train("teacher", loop.teacher_config())
     stages = {"teacher": teacher}
@@ -154,12 +115,13 @@ def self_train(
     if control:
         stages["control"] = loop.train("control", loop.control_config(stages["teacher"]))
     summary = {
+        "task": task.name,
         "seed": cfg.SEED,
         "score_thresh": cfg.SELFTRAIN.SCORE_THRESH,
         "seconds_of_last_run": round(time.perf_counter() - start, 1),
         "stages": stages,
     }
-    return write_summary(Path(output), summary, loop.config_of("student"), data)
+    return write_summary(Path(output), summary, loop.config_of("student"), task)
 
 
 class _Loop:
@@ -168,7 +130,7 @@ class _Loop:
     def __init__(
         self,
         cfg: CfgNode,
-        data: SelfTrainingData,
+        task: Task,
         output: Path,
         classes: list[str],
         score_floor: float,
@@ -176,7 +138,7 @@ class _Loop:
         processes: Processes,
     ):
         self.cfg = cfg
-        self.data = data
+        self.task = task
         self.output = output
         self.classes = classes
         self.score_floor = score_floor
@@ -188,9 +150,9 @@ class _Loop:
         cfg.defrost()
         cfg.DATASETS.TRAIN = (LABELED,)
         cfg.DATASETS.PSEUDO_TRAIN = ()
-        cfg.DATASETS.TEST = (VALIDATION,) if self.data.validation_json else ()
+        cfg.DATASETS.TEST = (VALIDATION,) if self.task.validation_images else ()
         cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
-        cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(self.classes)
+        self.task.set_number_of_classes(cfg, len(self.classes))
         return cfg
 
     def student_config(self, teacher: dict[str, Any]) -> CfgNode:
@@ -218,20 +180,17 @@ class _Loop:
     def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:
         """Train one stage, or take what it made before."""
         cfg.OUTPUT_DIR = str(self.output / stage)
-        datasets = [human_labels(LABELED, self.data.labeled_json, self.data.labeled_images), *datasets]
-        if self.data.validation_json:
-            datasets.append(human_labels(VALIDATION, self.data.validation_json, self.data.validation_images))
         settings = {
             **_settings(cfg),
             "weights_sha256": file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
-            "labeled_json_sha256": file_sha256(self.data.labeled_json),
+            **self.task.fingerprint(),
         }
 
         def work() -> dict[str, Any]:
             logger.info(f"Training {stage}: {cfg.SOLVER.MAX_ITER} steps ({cfg.OUTPUT_DIR}/log.txt)")
             train(
                 cfg,
-                datasets,
+                [*self.task.datasets(), *datasets],
                 resume=True,
                 allow_unsafe=self.allow_unsafe,
                 processes=self.processes,
@@ -252,27 +211,23 @@ class _Loop:
         """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
         folder = self.output / stage
         cfg = self.config_of(teacher["stage"])
-        logger.info(f"Labeling {self.data.unlabeled_images} with {teacher['weights']}")
-        names = list_images(self.data.unlabeled_images)
+        images = self.task.unlabeled_images
+        logger.info(f"Labeling {images} with {teacher['weights']}")
         run_in_processes(
-            _label, self.processes, (cfg, self.data.unlabeled_images, names, str(folder), self.score_floor)
+            _label, self.processes, (cfg, images, list_images(images), str(folder), self.score_floor)
         )
-        manifest = read_manifest(folder)
-        selection = selection_from_config(self.cfg, manifest["thing_classes"])
-        boxes = load_pseudo_labels(folder, **selection).box_counts
-        if not boxes.any():
+        counts = self.task.count(folder, self.cfg)
+        if not counts:
             raise InputError(
-                f"No pseudo label of {folder} has a score of {selection['score_thresh']} or more, so the student "
-                "would learn that everything is background: train the teacher longer, or lower "
-                "SELFTRAIN.SCORE_THRESH."
+                f"No pseudo label of {folder} has a score of {self.cfg.SELFTRAIN.SCORE_THRESH} or more, so the student "
+                "would learn nothing from them: train the teacher longer, or lower SELFTRAIN.SCORE_THRESH."
             )
+        manifest = read_manifest(folder)
         return {
             "folder": str(folder),
             "images": manifest["listed"],
             "skipped": len(manifest["skipped"]),
-            "images_with_boxes": int((boxes > 0).sum()),
-            "boxes": int(boxes.sum()),
-            "boxes_above_floor": manifest["boxes"],
+            **counts,
             "seconds": manifest["seconds_of_last_run"],
         }
 

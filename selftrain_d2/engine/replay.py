@@ -49,6 +49,7 @@ def save_batch(
         "seed": None if cfg.SEED < 0 else step_seed(cfg.SEED, step, rank),
         "losses": losses,
         "loss_weights": list(model.loss_weights),
+        "positive_anchor_averages": dict(getattr(model, "positive_anchor_averages", {})),
         "config": cfg.dump(),
         "model": model.state_dict(),
         "batch": [_to_plain(sample) for sample in batch],
@@ -61,6 +62,8 @@ def save_batch(
 
 def replay(file: str | os.PathLike, device: str | None = None) -> dict[str, Any]:
     """Repeat the forward and backward pass of a saved batch, and say where it goes wrong.
+
+    The losses are those of the run, but for batch norm of accumulated steps and positive anchors of other processes.
 
     Args:
         file: what :func:`save_batch` wrote.
@@ -88,12 +91,15 @@ def replay(file: str | os.PathLike, device: str | None = None) -> dict[str, Any]
     model = build_model(cfg).train()
     model.load_state_dict(content["model"], strict=False)
     model.loss_weights = tuple(content["loss_weights"])
+    model.positive_anchor_averages = content["positive_anchor_averages"]
     batch = [_from_plain(sample) for sample in content["batch"]]
     if content["seed"] is not None:
         torch.manual_seed(content["seed"])
     culprits: list[str] = []
     handles = [m.register_forward_hook(_watch(name, culprits)) for name, m in model.named_modules() if name]
-    with EventStorage():
+    precision = getattr(torch, cfg.SOLVER.AMP.PRECISION) if cfg.SOLVER.AMP.ENABLED else None
+    device_type = torch.device(cfg.MODEL.DEVICE).type
+    with EventStorage(), torch.autocast(device_type, precision, enabled=precision is not None):
         losses = model(batch)
     for handle in handles:
         handle.remove()
@@ -114,15 +120,12 @@ def replay(file: str | os.PathLike, device: str | None = None) -> dict[str, Any]
 def _load(file: str | os.PathLike) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        if not {"batch", "config", "model"} <= set(content):
-            raise ValueError("it has other content")
+        if not {"batch", "config", "model", "positive_anchor_averages"} <= set(content):
+            raise ValueError
         return content
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        raise InputError(f"{file} is not a batch saved by training ({_first_line(error)}).") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged or has other content"
+        raise InputError(f"{file} is not a batch saved by training ({reason}).") from error
 
 
 def _watch(name: str, culprits: list[str]):

@@ -23,6 +23,10 @@ from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source
 logger = logging.getLogger(__name__)
 
 
+#: Batches saved in a run that leaves steps out: each file holds the model as well.
+MAX_SAVED_BATCHES = 3
+
+
 class NonFiniteLossError(FloatingPointError):
     """A training loss was NaN or infinite; the message says where and what may help."""
 
@@ -77,11 +81,13 @@ class StepTrainer(SimpleTrainer):
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
+        positive_anchor_averages = dict(getattr(model, "positive_anchor_averages", {}))
         # Batch norm's running statistics would keep a NaN for ever.
         buffers = [b.clone() for b in model.buffers()] if self.max_skipped_steps else []
         self.optimizer.zero_grad()
         losses = self._forward_and_backward(batch)
         if not self._finite_everywhere(losses):
+            model.positive_anchor_averages = positive_anchor_averages
             self._leave_out(batch, losses, buffers)
             return
         self.after_backward()
@@ -127,12 +133,12 @@ class StepTrainer(SimpleTrainer):
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
-        # Files are saved by the processes concerned; every process raises, so that none waits for another.
+        # Files are saved by the processes concerned; every process raises, so that none waits for another, and all say
+        # the same: a launcher passes on what one of them says.
         values = {name: loss.item() for name, loss in losses.items()}
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        report = f"in another process, step {self.iter}"
-        if wrong:
-            report = self._describe(batch, values, wrong)
+        report = self._describe(batch, values, wrong) if wrong else ""
+        report = "; ".join(filter(None, comm.all_gather(report)))
         poisoned = not all(torch.isfinite(p).all() for p in model.parameters())
         self.skipped_steps += 1
         if poisoned:
@@ -158,7 +164,9 @@ class StepTrainer(SimpleTrainer):
             for sample in batch
             if not sources or sample.get("label_source", "human") in sources
         ]
-        saved = f"; the batch is saved in {self.save_batch(batch, values)}" if self.save_batch else ""
+        saved = ""
+        if self.save_batch and self.skipped_steps < MAX_SAVED_BATCHES:
+            saved = f"; the batch is saved in {self.save_batch(batch, values)}"
         return (
             f"at step {self.iter}, for {' and '.join(sources) or 'all'} labels "
             f"({', '.join(f'{name} {values[name]}' for name in wrong)}). Images: {', '.join(files)}{saved}"

@@ -11,12 +11,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from selftrain_d2.data.loader import build_selftrain_train_loader
+from selftrain_d2.data.datasets import class_names
+from selftrain_d2.data.label_maps import read_label_map
+from selftrain_d2.data.loader import build_selftrain_train_loader, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
@@ -71,6 +73,8 @@ class SelfTrainingTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
+        if cfg.DATASETS.TEST:  # a mistake is told now, not after training
+            check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
         # The CPU's backend takes no device.
         devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
@@ -86,9 +90,7 @@ class SelfTrainingTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A teacher knows what it detects, and how its images were normalized.
         self._facts = {
-            "classes": CheckpointFacts(
-                {"thing_classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []))}
-            ),
+            "classes": CheckpointFacts({"thing_classes": list(class_names(cfg.DATASETS.TRAIN[0]) or [])}),
             "input": CheckpointFacts(
                 {
                     "format": cfg.INPUT.FORMAT,
@@ -169,7 +171,11 @@ class SelfTrainingTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if MetadataCatalog.get(dataset_name).get("evaluator_type") == "sem_seg":
+            # detectron2's own function to read masks fails with numpy 2
+            return SemSegEvaluator(dataset_name, output_dir=folder, sem_seg_loading_fn=read_label_map)
+        return COCOEvaluator(dataset_name, output_dir=folder)
 
 
 def build_loss_normalizer(cfg: CfgNode) -> LossNormalizer:
@@ -216,11 +222,13 @@ def check_accumulation_steps(cfg: CfgNode) -> int:
 
 
 def check_number_of_classes(cfg: CfgNode) -> None:
-    """Raise InputError unless the detector has as many classes as the data."""
-    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    """Raise InputError unless the model has as many classes as the data."""
+    classes = class_names(cfg.DATASETS.TRAIN[0])
     if classes is None:
         return
-    if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
+    if "Segmentor" in cfg.MODEL.META_ARCHITECTURE:
+        key, number = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    elif "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         key, number = "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     else:
         key, number = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES

@@ -1,4 +1,4 @@
-"""The teacher at work: boxes for images that nobody labeled."""
+"""The teacher at work: boxes, or classes of pixels, for images that nobody labeled."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import detectron2
-import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from selftrain_d2.data.augmentation import build_augmentations
-from selftrain_d2.data.mapper import read_image
-from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
+from selftrain_d2.data.datasets import class_names
+from selftrain_d2.data.image_sources import absolute_root, check_distinct
+from selftrain_d2.data.pseudo_label_shards import BOXES
+from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter
+from selftrain_d2.data.pseudo_masks import MASKS, make_mask_row
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, file_sha256
+from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
+from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
+from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, file_sha256, require_complete
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +43,20 @@ def generate_pseudo_labels(
     thing_classes: Sequence[str] | None = None,
     allow_unsafe: bool = False,
 ) -> dict[str, Any]:
-    """Label images with a trained detector, without augmentation, and write a pseudo-label folder.
+    """Label images with a trained detector or segmentor and write a pseudo-label folder.
 
-    Work that was stopped goes on where it stopped when called again. In several processes (detectron2's
-    ``launch``) each takes its share.
+    Images are seen at the test size, unchanged unless SELFTRAIN.TTA says otherwise. Work that was stopped
+    goes on where it stopped when called again, and ends with the same rows. In several processes
+    (detectron2's ``launch``) each takes its share.
 
     Args:
         cfg: the teacher's config; MODEL.WEIGHTS is the teacher.
-        image_root: folder of the images.
+        image_root: folder of the images, or the root that ``selftrain_d2.data.image_sources`` gives.
         file_names: the images, relative to ``image_root``. Those that cannot be read are written down as
             skipped, with the reason.
         output: the pseudo-label folder (see ``selftrain_d2.data.pseudo_label_store``).
-        score_floor: boxes with a lower score are not written. The threshold for training comes later,
-            when the labels are loaded.
+        score_floor: boxes and pixels with a lower score are not written. The threshold for training comes
+            later, when the labels are loaded.
         batch_size: images per forward pass. Images of different shapes never share one: padding would
             change their scores.
         thing_classes: class names by contiguous id. By default those in the checkpoint, else those of
@@ -66,8 +67,8 @@ def generate_pseudo_labels(
         The manifest: how many images were labeled, empty and skipped, by which teacher, and when.
 
     Raises:
-        InputError: no weights; unknown classes; ``output`` holds pseudo labels of another teacher, other
-            images or another floor.
+        InputError: no weights, or not those of the whole model; unknown classes; an image listed twice; a teacher
+            that makes no boxes; ``output`` holds pseudo labels of another teacher, other images or another floor.
     """
     if not cfg.MODEL.WEIGHTS:
         raise InputError("MODEL.WEIGHTS is empty: give the trained teacher.")
@@ -75,123 +76,89 @@ def generate_pseudo_labels(
         raise InputError(f"The score floor must be in [0, 1), not {score_floor}.")
     if batch_size < 1:
         raise InputError(f"The batch size must be at least 1, not {batch_size}.")
+    check_distinct(file_names, "The list of images")
     start = time.perf_counter()
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_floor
-    teacher = build_model(cfg).eval()
-    extras = SafeDetectionCheckpointer(teacher, allow_unsafe=allow_unsafe).load(
-        cfg.MODEL.WEIGHTS, checkpointables=[]
-    )
+    model = build_model(cfg)
+    checkpointer = SafeDetectionCheckpointer(model, allow_unsafe=allow_unsafe)
+    extras = checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    require_complete(
+        checkpointer.report, cfg.MODEL.WEIGHTS
+    )  # a head without training finds nothing, in silence
+    kind = MASKS if makes_masks(model) else BOXES
+    teacher = SegmentationTeacher(cfg, model) if kind is MASKS else Teacher(cfg, model)
+    image_root = absolute_root(image_root)
     identity = {
-        "thing_classes": _class_names(cfg, thing_classes, extras),
-        "teacher_weights_sha256": file_sha256(cfg.MODEL.WEIGHTS),
+        kind.classes_key: _class_names(cfg, thing_classes, extras),
+        "teacher_weights_sha256": file_sha256(PathManager.get_local_path(cfg.MODEL.WEIGHTS)),
         "teacher_config_sha256": teacher_config_sha256(cfg),
         "score_floor": score_floor,
-        "image_root": os.path.abspath(image_root),
+        "image_root": image_root,
     }
     if comm.is_main_process():
-        PseudoLabelWriter(output, identity, list(file_names))
-    comm.synchronize()
-    writer = PseudoLabelWriter(output, identity, list(file_names))
-    missing = writer.missing_shards()
-    if not missing and writer.finished:
-        logger.info(f"{output}: all {len(file_names)} images are labeled already.")
-        return writer.manifest
-    comm.synchronize()  # no process writes before all have listed what is missing
-
-    shards = missing[comm.get_rank() :: comm.get_world_size()]
-    positions = list(itertools.chain.from_iterable(writer.shard_range(shard) for shard in shards))
-    images = _Images(
-        str(image_root), list(file_names), build_augmentations(cfg, is_train=False), cfg.INPUT.FORMAT
-    )
-    loader = DataLoader(
-        images,
-        sampler=positions,
-        batch_size=batch_size,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=list,
-    )
-    rows = _label(teacher, loader)
-    if comm.is_main_process():
-        rows = iter(tqdm(rows, desc="pseudo labels", unit="image", total=len(positions)))
-    for shard in shards:
-        writer.write_shard(shard, itertools.islice(rows, len(writer.shard_range(shard))))
-    next(rows, None)  # so that the progress bar sees the end
+        writer = PseudoLabelWriter(output, identity, list(file_names))
     comm.synchronize()
     if not comm.is_main_process():
-        return writer.manifest
-    manifest = writer.finish(
-        teacher_weights=os.path.abspath(cfg.MODEL.WEIGHTS),
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        seconds_of_last_run=round(time.perf_counter() - start, 1),
-        versions={"torch": torch.__version__, "detectron2": detectron2.__version__},
+        writer = PseudoLabelWriter(output, identity, list(file_names), exclusive=False)
+    with writer:  # the main process holds the folder to the end
+        missing = writer.missing_shards()
+        if not missing and writer.finished:
+            logger.info(f"{output}: all {len(file_names)} images are labeled already.")
+            return writer.manifest
+        comm.synchronize()  # no process writes before all have listed what is missing
+
+        labeling_start = time.perf_counter()
+        shards = missing[comm.get_rank() :: comm.get_world_size()]
+        _label_shards(cfg, teacher, image_root, writer, shards, batch_size)
+        comm.synchronize()
+        if not comm.is_main_process():
+            return writer.manifest
+        images = sum(len(writer.shard_range(shard)) for shard in missing)
+        manifest = writer.finish(
+            teacher_weights=os.path.abspath(cfg.MODEL.WEIGHTS),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            seconds_of_last_run=round(time.perf_counter() - start, 1),
+            images_per_second_of_last_run=round(images / (time.perf_counter() - labeling_start), 2),
+            versions={"torch": torch.__version__, "detectron2": detectron2.__version__},
+        )
+        logger.info(
+            f"{output}: {manifest['labeled']} images with {kind.name}, {manifest['empty']} without, "
+            f"{len(manifest['skipped'])} skipped; {manifest[kind.name]} {kind.name} of score {score_floor} or more."
+        )
+        return manifest
+
+
+def _label_shards(
+    cfg: CfgNode,
+    teacher: Teacher | SegmentationTeacher,
+    image_root: str,
+    writer: PseudoLabelWriter,
+    shards: Sequence[int],
+    batch_size: int,
+) -> None:
+    """Label and write some shards, one after the other, while images of the next are read."""
+    numbers = [len(writer.shard_range(shard)) for shard in shards]
+    names = [writer.file_names[i] for shard in shards for i in writer.shard_range(shard)]
+    samples = read_ahead(cfg, image_root, names, batch_size)
+    makes_rows = {}
+    if isinstance(teacher, SegmentationTeacher):
+        # A mask is written when it is made: those of a shard are large together.
+        makes_rows = {
+            "labeled_row": lambda sample, labels: writer.write_mask(sample["file_name"], labels),
+            "skipped_row": make_mask_row,
+        }
+    # Shards share no batch: so the rows of a shard are the same whatever was labeled before it, and where.
+    rows = itertools.chain.from_iterable(
+        label_in_order(itertools.islice(samples, number), teacher, batch_size, **makes_rows)
+        for number in numbers
     )
-    logger.info(
-        f"{output}: {manifest['labeled']} images with boxes, {manifest['empty']} without, "
-        f"{len(manifest['skipped'])} skipped; {manifest['boxes']} boxes of score {score_floor} or more."
-    )
-    return manifest
-
-
-class _Images(Dataset):
-    """Images ready for the teacher, or the reason why one cannot be read."""
-
-    def __init__(self, image_root: str, file_names: list[str], augmentations, image_format: str):
-        self.image_root = image_root
-        self.file_names = file_names
-        self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
-
-    def __len__(self) -> int:
-        return len(self.file_names)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        name = self.file_names[position]
-        try:
-            image = read_image(os.path.join(self.image_root, name), self.image_format)
-        except Exception as error:  # Pillow's decoders raise anything on a broken file
-            return {"file_name": name, "skipped": f"{type(error).__name__}: {error}"}
-        height, width = image.shape[:2]
-        aug_input = T.AugInput(image)
-        self.augmentations(aug_input)
-        tensor = torch.as_tensor(aug_input.image.transpose(2, 0, 1).copy())
-        return {"file_name": name, "image": tensor, "height": height, "width": width}
-
-
-def _label(teacher: torch.nn.Module, loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """Rows of the store for all images of a loader, in its order."""
-    for batch in loader:
-        outputs: dict[int, Any] = {}
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, sample in enumerate(batch):
-            if "image" in sample:
-                by_shape.setdefault(sample["image"].shape, []).append(i)
-        for group in by_shape.values():
-            with torch.no_grad():
-                results = teacher([batch[i] for i in group])
-            outputs.update(zip(group, (r["instances"].to("cpu") for r in results)))
-        for i, sample in enumerate(batch):
-            if "skipped" in sample:
-                yield make_row(sample["file_name"], skipped=sample["skipped"])
-            else:
-                instances = outputs[i]
-                yield make_row(
-                    sample["file_name"],
-                    sample["height"],
-                    sample["width"],
-                    instances.pred_boxes.tensor.float().numpy(),
-                    instances.scores.float().numpy(),
-                    instances.pred_classes.numpy(),
-                    _run_lengths(instances.pred_masks) if instances.has("pred_masks") else None,
-                )
-
-
-def _run_lengths(masks: torch.Tensor) -> list[str]:
-    """COCO's compressed RLE of masks (N, H, W)."""
-    # One mask at a time: pycocotools wants Fortran order, and N of them at image size are large.
-    encoded = (mask_util.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in masks)
-    return [rle["counts"].decode("ascii") for rle in encoded]
+    if comm.is_main_process():
+        rows = iter(tqdm(rows, desc="pseudo labels", unit="image", total=len(names)))
+    for shard, number in zip(shards, numbers):
+        writer.write_shard(shard, itertools.islice(rows, number))
+    next(rows, None)  # so that the progress bar sees the end
 
 
 def teacher_config_sha256(cfg: CfgNode) -> str:
@@ -203,17 +170,29 @@ def teacher_config_sha256(cfg: CfgNode) -> str:
     model.defrost()
     model.WEIGHTS = model.DEVICE = ""
     model.RETINANET.SCORE_THRESH_TEST = model.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    parts = [model.dump(), cfg.INPUT.FORMAT, cfg.INPUT.AUGMENTATION.IMAGE_SIZE, cfg.TEST.DETECTIONS_PER_IMAGE]
+    parts = [
+        model.dump(),
+        cfg.INPUT.FORMAT,
+        cfg.INPUT.AUGMENTATION.IMAGE_SIZE,
+        cfg.TEST.DETECTIONS_PER_IMAGE,
+        cfg.SELFTRAIN.LABEL_PRECISION,
+        cfg.SELFTRAIN.TTA.dump(),
+    ]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
 def _class_names(cfg: CfgNode, given: Sequence[str] | None, checkpoint: dict[str, Any]) -> list[str]:
-    names = given or checkpoint.get("classes", {}).get("thing_classes")
+    known = checkpoint.get("classes", {}).get("thing_classes")
+    if given and known and len(given) != len(known):
+        raise InputError(
+            f"--classes has {len(given)} names, but {cfg.MODEL.WEIGHTS} knows {len(known)} classes: {known}."
+        )
+    names = given or known
     if not names and cfg.DATASETS.TRAIN:
-        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+        names = class_names(cfg.DATASETS.TRAIN[0])
     if not names:
         raise InputError(
-            f"{cfg.MODEL.WEIGHTS} does not say what classes it detects: give their names with --classes, "
+            f"{cfg.MODEL.WEIGHTS} does not say what classes it knows: give their names with --classes, "
             "in the order of training."
         )
     return list(names)

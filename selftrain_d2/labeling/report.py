@@ -25,7 +25,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from selftrain_d2.data.mapper import read_image
-from selftrain_d2.files import write_json, write_text
+from selftrain_d2.files import write_json, write_text, writing
 from selftrain_d2.labeling import figures
 from selftrain_d2.labeling.checks import find_warnings
 from selftrain_d2.labeling.inspection import Inspection, Judgement, SampledImage, group_reasons
@@ -56,9 +56,13 @@ def write_report(found: Inspection, output: str | os.PathLike) -> dict[str, Any]
 
     Returns:
         What ``report.json`` holds.
+
+    Raises:
+        InputError: the folder cannot be made.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     sheets = {name: _draw_sheet(found, name) for name in SHEETS if found.samples[name]}
     numbers = report_numbers(found)
     shown = {tile["file"]: tile["problem"] for sheet in sheets.values() for tile in sheet}

@@ -27,6 +27,7 @@ __all__ = [
     "check_input_statistics",
     "file_sha256",
     "load_weights",
+    "require_complete",
 ]
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,9 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         last = self.get_checkpoint_file()
-        files = sorted(glob.glob(os.path.join(self.save_dir, "*.pth")), key=os.path.getmtime, reverse=True)
+        # Batches saved for `replay` lie beside them.
+        checkpoints = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        files = sorted(checkpoints, key=os.path.getmtime, reverse=True)
         for file in sorted(files, key=lambda file: file != last):
             try:
                 read_checkpoint(file, self.allow_unsafe)
@@ -252,6 +255,17 @@ def _require_fit(model: nn.Module, report: LoadReport, path: str) -> None:
             f"Weights {path} fill only {len(names) - len(absent)} of the backbone's {len(names)} tensors "
             f"(absent or of another shape: {examples}): give weights of the same backbone "
             "(MODEL.EFFICIENTNET.NAME, MODEL.RESNETS.DEPTH), or convert them with tools/convert_weights.py."
+        )
+
+
+def require_complete(report: LoadReport, path: str) -> None:
+    """Raise InputError if weights left a part of a model as it was, which those of a trained model do not."""
+    missing = [name for name in report.missing if not name.endswith("num_batches_tracked")]
+    if missing:
+        examples = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise InputError(
+            f"Weights {path} are not those of a trained model of this config: {len(missing)} tensors are absent or of "
+            f"another shape ({examples}): give the config that they were trained with, its NUM_CLASSES included."
         )
 
 

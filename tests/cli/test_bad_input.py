@@ -197,3 +197,26 @@ def test_labeling_without_weights_or_images(data, tmp_path, capsys):
         [*command, "--images", "/no", *SMALL_MODEL], capsys, "/no does not exist", output=tmp_path / "out"
     )
     _refused([*command, "--dataset", "nobody", *SMALL_MODEL], capsys, "'nobody'", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("DATASETS.TEST", "('lost',)"), "DATASETS.TEST names 'lost', which is not registered"),
+        (("MODEL.META_ARCHITECTURE", "RetinaNett"), "MODEL.META_ARCHITECTURE is 'RetinaNett'"),
+        (("MODEL.BACKBONE.NAME", "resnet"), "MODEL.BACKBONE.NAME is 'resnet'"),
+        (("OUTPUT_DIR", __file__), "cannot be written"),
+    ],
+)
+def test_mistakes_are_told_before_training(data, tmp_path, capsys, words, message):
+    human = ["--human-labels", "red", data[0].json_file, str(data[0].images), *SMALL_MODEL]
+    options = [
+        "DATASETS.TRAIN",
+        "('red',)",
+        "OUTPUT_DIR",
+        str(tmp_path / "output"),
+        "MODEL.RETINANET.NUM_CLASSES",
+        "2",
+    ]
+    _refused(["train", "--config-file", CONFIG, *human, *options, *words], capsys, message)
+    assert not list(tmp_path.glob("output/*.pth"))

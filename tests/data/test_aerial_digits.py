@@ -222,6 +222,24 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_pictures(data
     assert len({first[name] for name in pictures}) == len(pictures)
 
 
+def test_one_class_is_the_same_pictures_with_all_digits_alike(dataset, tmp_path, sources):
+    write(tmp_path / "one", sources, one_class=True)
+    one, ten = contents(tmp_path / "one"), contents(dataset)
+    assert one.keys() == ten.keys()
+    for name in one:
+        if name.startswith("images/"):
+            assert one[name] == ten[name]
+        elif name.startswith("masks/"):
+            ours, theirs = (
+                cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED) for folder in (tmp_path / "one", dataset)
+            )
+            np.testing.assert_array_equal(ours, np.where(np.isin(theirs, range(1, 11)), 1, theirs))
+    for name in TRUTH.values():
+        few, many = read(tmp_path / "one", name), read(dataset, name)
+        assert few["categories"] == [{"id": 1, "name": "digit"}]
+        assert few["annotations"] == [{**a, "category_id": 1} for a in many["annotations"]]
+
+
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(dataset, tmp_path, sources):
     write(tmp_path / "small", sources, labeled=3, unlabeled=5, validation=2)
     small, large = contents(tmp_path / "small"), contents(dataset)
@@ -270,6 +288,8 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path
         assert command(output, wheel_files, option, value) == 2
         message = capsys.readouterr().err
         assert f"another {option[2:]}" in message and "digits" in message
+    assert command(output, wheel_files, "--one-class") == 2
+    assert "another one_class: False there, True now" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
 
 

@@ -3,12 +3,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from selftrain_d2 import InputError, build_selftrain_train_loader
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
-from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset
-from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
+from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset, get_pseudo_dicts, repeat_factors
+from selftrain_d2.data.pseudo_label_dataset import PseudoLabelDataset
+from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, load_pseudo_labels, make_row
 
 H, P = 6, 10
 
@@ -43,6 +47,12 @@ def _take(loader, number):
 def test_every_batch_has_its_counts_human_images_first():
     for batch in _take(_loader(), 30):
         assert [s["label_source"] for s in batch] == ["human"] * 2 + ["pseudo"] * 3
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (-4, 3), (2, -1)])
+def test_batch_sizes_that_are_none(sizes):
+    with pytest.raises(InputError, match=r"IMS_PER_BATCH is (0|-4|-1): a step needs at least"):
+        _loader(*sizes)
 
 
 def test_every_image_comes_once_an_epoch():
@@ -175,4 +185,113 @@ def test_from_config_mistakes(mixed_config):
     MetadataCatalog.remove("pseudo")
     MetadataCatalog.get("pseudo").set(thing_classes=["green", "red"])
     with pytest.raises(InputError, match="other classes"):
+        build_selftrain_train_loader(mixed_config)
+
+
+def test_pseudo_labels_stay_lazy(mixed_config, monkeypatch):
+    """No dict is made but for the samples of a batch, whatever is asked of the loader."""
+    made = []
+    take = PseudoLabelDataset.__getitem__
+    monkeypatch.setattr(PseudoLabelDataset, "__getitem__", lambda self, i: made.append(i) or take(self, i))
+    cfg = mixed_config
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
+    cfg.DATALOADER.PSEUDO_SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.5
+    assert get_pseudo_dicts(cfg) is not None
+    loader = build_selftrain_train_loader(cfg, mapper=dict)
+    assert made == []
+    batch = next(iter(loader))
+    assert len(made) == 3
+    assert [s["label_source"] for s in batch] == ["human"] * 2 + ["pseudo"] * 3
+
+
+def test_several_pseudo_datasets_of_both_kinds(mixed_config, coco_set, tmp_path):
+    """A second folder, and a COCO file of pseudo labels, which is a list of dicts."""
+    _write_pseudo(tmp_path / "more", ["red", "green"], coco_set.images, ["004.png", "005.png"])
+    register_pseudo_labels("more", tmp_path / "more")
+    register_human_labels("list", coco_set.json_file, coco_set.images)
+    mixed_config.DATASETS.PSEUDO_TRAIN = ("pseudo", "more", "list")
+    dicts = get_pseudo_dicts(mixed_config)
+    names = [d["file_name"][-7:] for d in dicts]
+    assert names == [f"00{i}.png" for i in (1, 2, 3, 4, 5, *range(1, 9))] and len(dicts) == 13
+    assert {d["label_source"] for d in dicts} == {"pseudo"}
+    mixed_config.DATALOADER.PSEUDO_SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    batch = next(iter(build_selftrain_train_loader(mixed_config, mapper=dict)))
+    assert [s["label_source"] for s in batch] == ["human"] * 2 + ["pseudo"] * 3
+
+
+def test_a_pseudo_dataset_without_images(mixed_config):
+    DatasetCatalog.register("nothing", list)
+    MetadataCatalog.get("nothing").set(thing_classes=["red", "green"])
+    mixed_config.DATASETS.PSEUDO_TRAIN = ("nothing",)
+    with pytest.raises(InputError, match="'nothing' has no image"):
+        build_selftrain_train_loader(mixed_config)
+
+
+def test_aspect_ratio_groups_of_pseudo_labels(tmp_path):
+    identity = {"thing_classes": ["red"], "score_floor": 0.05, "image_root": "/photos"}
+    names = [f"{i}.png" for i in range(20)]
+    with PseudoLabelWriter(tmp_path, identity, names) as writer:
+        writer.write_shard(0, [make_row(n, 20, 10 + i % 2 * 20) for i, n in enumerate(names)])
+        writer.finish()
+    labels = load_pseudo_labels(tmp_path)
+    loader = build_selftrain_train_loader(
+        human_dicts=_dicts("human", H),
+        pseudo_dicts=labels,
+        mapper=dict,
+        human_batch_size=2,
+        pseudo_batch_size=3,
+        aspect_ratio_grouping=True,
+        seed=0,
+    )
+    seen = set()
+    for batch in _take(loader, 20):
+        assert len({s["width"] > s["height"] for s in batch[2:]}) == 1
+        seen |= {s["width"] for s in batch[2:]}
+    assert seen == {10, 30}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=12),
+    st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=5),
+    st.sampled_from([0.0, 0.1, 0.3, 0.9, 1.0]),
+)
+def test_repeat_factors_are_detectron2s(tmp_path_factory, first, second, threshold):
+    parts = []
+    for images in filter(None, (first, second)):
+        folder = tmp_path_factory.mktemp("labels")
+        names = [f"{i}.png" for i in range(len(images))]
+        identity = {"thing_classes": list("abcd"), "score_floor": 0.05, "image_root": "/photos"}
+        with PseudoLabelWriter(folder, identity, names) as writer:
+            writer.write_shard(
+                0,
+                [
+                    make_row(n, 9, 9, [[0, 0, 5, 5]] * len(c), [0.9] * len(c), c)
+                    for n, c in zip(names, images)
+                ],
+            )
+            writer.finish()
+        parts.append(load_pseudo_labels(folder))
+    dicts = parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
+    expected = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(list(dicts), threshold)
+    torch.testing.assert_close(repeat_factors(dicts, threshold), expected, rtol=0, atol=0)
+
+
+def test_images_of_rare_classes_come_more_often(mixed_config, tmp_path, coco_set):
+    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": coco_set.images}
+    names = [f"00{i}.png" for i in range(1, 9)]
+    with PseudoLabelWriter(tmp_path / "rare", identity, names) as writer:
+        rows = [make_row(n, 96, 96, [[1, 1, 30, 30]], [0.9], [int(n == "003.png")]) for n in names]
+        writer.write_shard(0, rows)
+        writer.finish()
+    register_pseudo_labels("rare", tmp_path / "rare")
+    mixed_config.DATASETS.PSEUDO_TRAIN = ("rare",)
+    mixed_config.DATALOADER.PSEUDO_SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    mixed_config.DATALOADER.REPEAT_THRESHOLD = 0.5  # "green" is in 1/8 of the images: sqrt(0.5 * 8) = 2 times
+    loader = build_selftrain_train_loader(mixed_config, mapper=dict)
+    names = [s["file_name"][-7:] for batch in _take(loader, 120) for s in batch[2:]]
+    assert names.count("003.png") == pytest.approx(2 * names.count("001.png"), rel=0.1)
+    mixed_config.DATALOADER.PSEUDO_SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    with pytest.raises(InputError, match=r"DATALOADER\.PSEUDO_SAMPLER_TRAIN 'RandomSubset"):
         build_selftrain_train_loader(mixed_config)

@@ -43,6 +43,15 @@ def test_bad_input(tmp_path, capsys):
     (tmp_path / "metrics.json").write_text('nonsense\n{"iteration": 3, "lr": 1.0}\n')
     assert main(["plot-metrics", str(tmp_path)]) == 2
     assert "line 1" in capsys.readouterr().err
+    (tmp_path / "metrics.json").write_text('[1]\n{"iteration": 3, "lr": 1.0}\n')
+    assert main(["plot-metrics", str(tmp_path)]) == 2
+    assert "line 1" in capsys.readouterr().err
+    (tmp_path / "metrics.json").write_text('{"iteration": 3, "unknown": 1.0}\n')
+    assert main(["plot-metrics", str(tmp_path)]) == 2
+    assert "nothing that is drawn" in capsys.readouterr().err
+    (tmp_path / "metrics.json").write_text('{"iteration": 3, "lr": 1.0}\n')
+    assert main(["plot-metrics", str(tmp_path), "--output", str(tmp_path / "metrics.json" / "a.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     (tmp_path / "metrics.json").write_text("")
     assert main(["plot-metrics", str(tmp_path)]) == 2
     assert main(["plot-metrics", str(tmp_path), "--output", "picture.txt"]) == 2

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_MODEL, make_coco_set
+from detectron2.utils import comm
 
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
 from selftrain_d2.engine.launch import Processes, run_in_processes
+from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
 from selftrain_d2.errors import InputError
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -115,6 +117,30 @@ def test_a_mistake_in_a_child_process_stays_one_sentence(arguments, tmp_path, ca
     assert main(command) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "selftrain-d2 train: error" in line]
     assert len(lines) == 1 and "SOLVER.IMS_PER_BATCH = 3 does not divide" in lines[0]
+
+
+class _OneLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        loss = self.weight * batch[0]["value"]
+        self.raw_losses = {"human": loss.detach(), "pseudo": None}
+        return {"loss": loss}
+
+
+def _loss_of_the_second_is_nan():
+    rank = comm.get_rank()
+    model, batch = _OneLoss(), [{"file_name": f"image_{rank}.png", "value": float("nan") if rank else 1.0}]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    StepTrainer(model, [batch], optimizer, save_batch=lambda *_: f"saved_{rank}.pth").train(0, 1)
+
+
+def test_every_process_says_where_a_loss_was_not_finite():
+    message = r"at step 0, for human labels \(loss nan\)\. Images: image_1\.png; the batch is saved in saved_1\.pth\.$"
+    with pytest.raises(NonFiniteLossError, match=message):
+        run_in_processes(_loss_of_the_second_is_nan, Processes(num_gpus=2), ())
 
 
 def test_several_machines_need_an_address():

@@ -1,6 +1,7 @@
 """A training process that is killed and resumed ends with the weights of one that was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_no_checkpoint_can_be_read(command, tmp_path, capsys):
     output = tmp_path / "output"
     assert main(command(output, "SOLVER.MAX_ITER", "2")) == 0
     for file in output.glob("*.pth"):
+        shutil.copy(file, output / "not_finite_step_0000001_rank_0.pth")  # newer, and no checkpoint
         os.truncate(file, 100)
     assert main(command(output, "SOLVER.MAX_ITER", "2")) == 2
     assert "No checkpoint in" in capsys.readouterr().err

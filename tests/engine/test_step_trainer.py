@@ -167,8 +167,13 @@ def _without_batch_norm(cfg):
     return _frozen_retinanet(cfg)
 
 
-def test_the_run_stops_with_step_source_files_and_a_batch_to_replay(student_config, tmp_path, capsys):
+@pytest.mark.parametrize("normalizer, half", [("batch", False), ("moving_average", False), ("batch", True)])
+def test_the_run_stops_with_step_source_files_and_a_batch_to_replay(
+    student_config, tmp_path, capsys, normalizer, half
+):
     cfg = _without_batch_norm(student_config)
+    cfg.MODEL.RETINANET.LOSS_NORMALIZER = normalizer
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = half, "bfloat16"
     trainer = _poisoned_trainer(cfg, 2)
     with pytest.raises(NonFiniteLossError) as stop:
         trainer.train()

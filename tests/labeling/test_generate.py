@@ -164,10 +164,32 @@ def test_classes_come_with_the_weights_or_must_be_given(teacher, photos, tmp_pat
     assert manifest["thing_classes"] == ["a", "b"]
 
 
+def test_a_config_of_other_classes_than_the_teacher_is_refused(teacher, photos, tmp_path):
+    """The head would keep its initial values, and every image would be empty."""
+    with pytest.raises(InputError, match=r"--classes has 3 names.*knows 2 classes"):
+        _generate(teacher, photos, tmp_path / "labels", thing_classes=["a", "b", "c"])
+    teacher.MODEL.RETINANET.NUM_CLASSES = 3
+    with pytest.raises(InputError, match=r"head\.cls_score.*NUM_CLASSES"):
+        _generate(teacher, photos, tmp_path / "labels", thing_classes=["a", "b", "c"])
+    assert not (tmp_path / "labels").exists()
+
+
 @pytest.mark.parametrize("arguments", [{"score_floor": 1.0}, {"score_floor": -0.1}, {"batch_size": 0}])
 def test_impossible_arguments(teacher, photos, tmp_path, arguments):
     with pytest.raises(InputError):
         _generate(teacher, photos, tmp_path / "labels", **arguments)
+
+
+def test_an_image_listed_twice_is_refused_before_any_work(teacher, photos, tmp_path):
+    with pytest.raises(InputError, match=r"names 001\.png twice"):
+        generate_pseudo_labels(teacher, photos, ["001.png", "002.png", "001.png"], tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
+def test_all_images_skipped(teacher, photos, tmp_path):
+    manifest = generate_pseudo_labels(teacher, photos, ["broken.jpg", "lost.jpg"], tmp_path / "labels")
+    assert set(manifest["skipped"]) == {"broken.jpg", "lost.jpg"}
+    assert manifest["labeled"] == manifest["empty"] == manifest["boxes"] == 0
 
 
 def test_masks_of_a_mask_rcnn_teacher_train_a_student(photos, tmp_path):

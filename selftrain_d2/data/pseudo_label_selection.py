@@ -1,0 +1,162 @@
+"""Which boxes of a pseudo-label folder are trained on: score thresholds, the best of an image, a target count.
+
+Letters in shapes: N images, B boxes of all images one after the other, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, Union
+
+import numpy as np
+from detectron2.config import CfgNode
+
+from selftrain_d2.errors import InputError
+
+#: One score threshold for all classes, or one by class name.
+ScoreThreshold = Union[float, Mapping[str, float]]
+
+
+def selection_from_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, Any]:
+    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE say.
+
+    Args:
+        class_names: of the pseudo labels.
+
+    Returns:
+        Arguments of ``load_pseudo_labels`` and ``register_pseudo_labels``.
+
+    Raises:
+        InputError: SCORE_THRESH_BY_CLASS is not NAME, NUMBER, NAME, NUMBER, ...
+    """
+    selftrain = cfg.SELFTRAIN
+    words = list(selftrain.SCORE_THRESH_BY_CLASS)
+    if len(words) % 2:
+        raise InputError(
+            f"SELFTRAIN.SCORE_THRESH_BY_CLASS is NAME, NUMBER, NAME, NUMBER, ..., but {words[-1]!r} stands alone."
+        )
+    return {
+        "score_thresh": with_exceptions(
+            selftrain.SCORE_THRESH, dict(zip(words[::2], words[1::2])), class_names
+        ),
+        "top_k": selftrain.TOP_K or None,
+        "boxes_per_image": selftrain.BOXES_PER_IMAGE or None,
+    }
+
+
+def with_exceptions(
+    score_thresh: float, by_class: Mapping[str, float], class_names: Sequence[str]
+) -> ScoreThreshold:
+    """One threshold for all classes but those in ``by_class``."""
+    return {**dict.fromkeys(class_names, score_thresh), **by_class} if by_class else score_thresh
+
+
+def class_names_of(manifest: Mapping[str, Any]) -> list[str]:
+    """The classes that a pseudo-label folder has, of boxes or of pixels."""
+    return manifest["stuff_classes"] if "stuff_classes" in manifest else manifest["thing_classes"]
+
+
+def resolve_thresholds(
+    manifest: Mapping[str, Any],
+    score_thresh: ScoreThreshold,
+    top_k: int | None = None,
+    boxes_per_image: float | None = None,
+) -> np.ndarray:
+    """Check a selection against what was written.
+
+    Args:
+        manifest: of the folder.
+        score_thresh, top_k, boxes_per_image: see ``load_pseudo_labels``.
+
+    Returns:
+        (C,) float32, the threshold of each class; the floor where ``boxes_per_image`` will choose it.
+
+    Raises:
+        InputError: a threshold is no number from the floor to 1, or is missing or given for an unknown class;
+            ``top_k`` is not at least 1, ``boxes_per_image`` not above 0, or given beside thresholds by class; or one
+            of these two for masks.
+    """
+    names, floor = class_names_of(manifest), manifest["score_floor"]
+    if "stuff_classes" in manifest and (top_k is not None or boxes_per_image is not None):
+        raise InputError(
+            "The pseudo labels are masks, of which the best boxes of an image or a number of boxes an image cannot be "
+            "taken: leave top_k and boxes_per_image out, or SELFTRAIN.TOP_K and BOXES_PER_IMAGE at 0."
+        )
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"The best {top_k} boxes of an image cannot be taken: top_k must be at least 1.")
+    if boxes_per_image is not None:
+        if not _is_number(boxes_per_image) or not 0 < boxes_per_image < float("inf"):
+            raise InputError(f"boxes_per_image must be a number above 0, not {boxes_per_image!r}.")
+        if isinstance(score_thresh, Mapping):
+            raise InputError(
+                "Give score thresholds by class or boxes_per_image, not both: it chooses one threshold."
+            )
+        score_thresh = floor
+    by_name = score_thresh if isinstance(score_thresh, Mapping) else dict.fromkeys(names, score_thresh)
+    unknown = [name for name in by_name if name not in names]
+    if unknown:
+        raise InputError(
+            f"There is no class {unknown[0]!r} to set a score threshold for; the classes are {names}."
+        )
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise InputError(f"The class {missing[0]!r} has no score threshold: give one for each of {names}.")
+    for name, threshold in by_name.items():
+        if not _is_number(threshold) or not floor <= threshold <= 1:
+            which = f" of class {name!r}" if isinstance(score_thresh, Mapping) else ""
+            raise InputError(
+                f"The score threshold {threshold!r}{which} is outside [{floor}, 1]: the pseudo labels were written "
+                f"with the floor {floor}."
+            )
+    return np.array([by_name[name] for name in names], np.float32)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def select_boxes(
+    scores: np.ndarray,
+    category_ids: np.ndarray,
+    counts: np.ndarray,
+    thresholds: np.ndarray,
+    top_k: int | None = None,
+) -> np.ndarray:
+    """Boxes that reach the threshold of their class, and of these the best of each image.
+
+    Args:
+        scores: (B,) float32. category_ids: (B,). counts: (N,) boxes of each image.
+        thresholds: (C,) float32, as scores are stored: 0.7 must keep a score written as 0.7.
+        top_k: of equal scores the first ones are taken. None: all.
+
+    Returns:
+        (B,) bool.
+    """
+    kept = scores >= thresholds[category_ids]
+    if top_k is None:
+        return kept
+    boxes = np.flatnonzero(kept)
+    images = np.repeat(np.arange(len(counts)), counts)[boxes]
+    order = np.lexsort((-scores[boxes], images))  # image by image, the best first, else as they were
+    first = np.searchsorted(images, images)  # where an image begins: `images` is sorted, before and after
+    best = np.zeros_like(kept)
+    best[boxes[order[np.arange(len(boxes)) - first < top_k]]] = True
+    return best
+
+
+def matching_threshold(scores: np.ndarray, target: float) -> float | None:
+    """The score threshold that keeps a number of boxes as near to ``target`` as can be.
+
+    Args:
+        scores: (B,) float32, of all boxes that may be kept.
+
+    Returns:
+        One of the scores, of two as good ones the higher; None without boxes.
+    """
+    values, numbers = np.unique(scores, return_counts=True)
+    if not len(values):
+        return None
+    kept = np.cumsum(numbers[::-1])[::-1]  # by the threshold values[i]
+    best = len(values) - 1 - np.argmin(np.abs(kept - target)[::-1])
+    return float(values[best])

@@ -1,0 +1,98 @@
+"""What differs in the loop between boxes and masks: whose data it is, how it is judged, and how it is shown."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from detectron2.config import CfgNode
+
+from selftrain_d2.engine.launch import DatasetSpec
+
+#: Names of the registered datasets.
+LABELED, VALIDATION = "selftrain_labeled", "selftrain_validation"
+#: Below the loop's output folder.
+CONTACT_SHEET = "contact_sheet.png"
+
+
+@dataclass
+class Task(ABC):
+    """One's own data, as paths, for one kind of labels. What is optional serves to judge, never to train."""
+
+    labeled_images: str
+    unlabeled_images: str
+    validation_images: str | None = None
+
+    #: In ``summary.json``.
+    name: ClassVar[str]
+    #: Group of detectron2's evaluation results, and those of its metrics in the table of stages.
+    results: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def check(self, cfg: CfgNode) -> list[str]:
+        """Check the config and all files before any work starts.
+
+        Returns:
+            The class names.
+
+        Raises:
+            InputError: naming the first fault.
+        """
+
+    @abstractmethod
+    def datasets(self) -> list[DatasetSpec]:
+        """The labeled images, as LABELED, and those of validation, as VALIDATION."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the labels that a stage depends on."""
+
+    @abstractmethod
+    def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
+        """Fit a model to the data, in place."""
+
+    @abstractmethod
+    def count(self, folder: Path, cfg: CfgNode) -> dict[str, Any]:
+        """How much of a pseudo-label folder the config selects; empty where nothing is left to train on."""
+
+    @abstractmethod
+    def judge(self, output: Path, score_thresh: float) -> dict[str, Any]:
+        """Judge the pseudo labels where truth is known: further entries of the summary, perhaps a picture."""
+
+    @abstractmethod
+    def draw(self, output: Path, names: Sequence[str], students: Path, score_thresh: float) -> None:
+        """Draw the contact sheet.
+
+        Args:
+            output: the loop's output folder.
+            names: of the images to show.
+            students: pseudo-label folder with what the student sees in them.
+        """
+
+    @staticmethod
+    def shown_floor(score_thresh: float) -> float:
+        """Score floor of what the student sees in the images of the contact sheet."""
+        return min(0.05, score_thresh)
+
+    @abstractmethod
+    def interesting(self, folder: Path, score_thresh: float) -> list[str]:
+        """Images of a pseudo-label folder that have labels to show."""
+
+    @staticmethod
+    @abstractmethod
+    def sentence(labels: dict[str, Any], score_thresh: float) -> str:
+        """The counts of a labeling stage in words."""
+
+    @staticmethod
+    @abstractmethod
+    def further_lines(summary: dict[str, Any]) -> list[str]:
+        """What the summary's page has besides, in Markdown."""
+
+
+def is_segmentor(cfg: CfgNode) -> bool:
+    """Whether a config's model labels pixels alone."""
+    return "Segmentor" in cfg.MODEL.META_ARCHITECTURE

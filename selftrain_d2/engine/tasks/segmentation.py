@@ -1,0 +1,194 @@
+"""The loop on masks, PNGs in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+
+from selftrain_d2.data.datasets import list_images, load_image_folder
+from selftrain_d2.data.label_maps import VOID, read_label_map
+from selftrain_d2.data.pseudo_label_selection import selection_from_config
+from selftrain_d2.data.pseudo_label_store import load_pseudo_labels
+from selftrain_d2.data.pseudo_masks import read_mask
+from selftrain_d2.data.segmentation_datasets import load_segmentation_folder, register_segmentation_folder
+from selftrain_d2.engine.launch import DatasetSpec
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Task, is_segmentor
+from selftrain_d2.errors import InputError
+from selftrain_d2.labeling.mask_quality import (
+    DEFAULT_THRESHOLDS,
+    MaskQualityRow,
+    markdown_table,
+    mask_quality,
+)
+from selftrain_d2.labeling.mask_sheet import mask_contact_sheet
+from selftrain_d2.modeling.checkpoint import file_sha256
+
+
+@dataclass
+class Segmentation(Task):
+    """Masks: a folder of PNGs beside a folder of images, ``masks/a/b.png`` of ``images/a/b.jpg``."""
+
+    labeled_masks: str = ""
+    classes: Sequence[str] = ()
+    validation_masks: str | None = None
+    #: Withheld masks of the unlabeled images, if there are any: pseudo masks are judged by them.
+    unlabeled_truth_masks: str | None = None
+
+    name = "segmentation"
+    results = "sem_seg"
+    metrics = ("mIoU", "fwIoU", "pACC")
+
+    def check(self, cfg: CfgNode) -> list[str]:
+        classes = list(self.classes)
+        if not is_segmentor(cfg):
+            raise InputError(
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which is no segmentor: leave "
+                "--task segmentation out, or give a config like aerial_digits/segmentor_lite0_128.yaml."
+            )
+        if len(set(classes)) < len(classes):
+            repeated = next(name for i, name in enumerate(classes) if name in classes[:i])
+            raise InputError(
+                f"--classes names {repeated!r} twice: each class of the masks has a name of its own."
+            )
+        labeled = load_segmentation_folder(self.labeled_images, self.labeled_masks, classes)
+        if not any((read_label_map(d["sem_seg_file_name"]) != VOID).any() for d in labeled):
+            raise InputError(
+                f"The masks in {self.labeled_masks} ignore every pixel ({VOID}): the teacher needs labeled pixels."
+            )
+        list_images(self.unlabeled_images)
+        if (self.validation_masks is None) != (self.validation_images is None):
+            raise InputError("--val-masks and --val-images belong together: give both or neither.")
+        if self.validation_masks is not None:
+            load_segmentation_folder(self.validation_images, self.validation_masks, classes)
+        self._truth()
+        return classes
+
+    def datasets(self) -> list[DatasetSpec]:
+        folders = [(LABELED, self.labeled_images, self.labeled_masks)]
+        if self.validation_masks:
+            folders.append((VALIDATION, self.validation_images, self.validation_masks))
+        return [
+            (
+                name,
+                register_segmentation_folder,
+                (os.path.abspath(images), os.path.abspath(masks), self.classes),
+            )
+            for name, images, masks in folders
+        ]
+
+    def fingerprint(self) -> dict[str, str]:
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for d in load_segmentation_folder(self.labeled_images, self.labeled_masks, self.classes):
+            digest.update(f"\0{d['image_id']}\0{file_sha256(d['sem_seg_file_name'])}".encode())
+        return {"labeled_masks_sha256": digest.hexdigest()}
+
+    def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = number
+
+    def count(self, folder: Path, cfg: CfgNode) -> dict[str, Any]:
+        masks = load_pseudo_labels(folder, **selection_from_config(cfg, self.classes))
+        pixels = masks.pixels_by_class
+        if not pixels.any():
+            return {}
+        return {
+            "images_with_pixels": int((masks.class_counts > 0).sum()),
+            "labeled_pixels": int(pixels.sum()),
+            "ignored_share": 1 - pixels.sum() / masks.pixels,
+            "share_by_class": dict(zip(self.classes, (pixels / masks.pixels).tolist())),
+        }
+
+    def judge(self, output: Path, score_thresh: float) -> dict[str, Any]:
+        truth = self._truth()
+        if truth is None:
+            return {}
+        predictions = load_pseudo_labels(output / "pseudo_labels", score_thresh)
+        thresholds = sorted({*DEFAULT_THRESHOLDS, score_thresh})
+        rows = mask_quality(predictions, truth, self.classes, thresholds)
+        return {"pseudo_mask_quality": [asdict(row) for row in rows]}
+
+    def _truth(self) -> dict[str, str] | None:
+        """Mask files by image, checked; of the images that can be read."""
+        if self.unlabeled_truth_masks is None:
+            return None
+        readable = [d["image_id"] for d in load_image_folder(self.unlabeled_images)[0]]
+        truth = load_segmentation_folder(
+            self.unlabeled_images, self.unlabeled_truth_masks, self.classes, names=readable
+        )
+        return {d["image_id"]: d["sem_seg_file_name"] for d in truth}
+
+    def interesting(self, folder: Path, score_thresh: float) -> list[str]:
+        masks = load_pseudo_labels(folder, score_thresh)
+        several = [d["image_id"] for d, classes in zip(masks, masks.class_counts) if classes > 1]
+        return several or [d["image_id"] for d in masks]
+
+    def draw(self, output: Path, names: Sequence[str], students: Path, score_thresh: float) -> None:
+        pseudo, student = (
+            {d["image_id"]: d for d in load_pseudo_labels(folder, threshold)}
+            for folder, threshold in ((output / "pseudo_labels", score_thresh), (students, 0.0))
+        )
+        columns = [
+            (f"Pseudo mask (score ≥ {score_thresh:g})", [_read(pseudo[n]) for n in names]),
+            ("Student mask", [_read(student[n]) for n in names]),
+        ]
+        truth = self._truth()
+        if truth is not None:
+            columns.insert(0, ("Human mask (withheld)", [read_label_map(truth[n]) for n in names]))
+        mask_contact_sheet(
+            output / CONTACT_SHEET, [pseudo[n]["file_name"] for n in names], columns, self.classes
+        )
+
+    @staticmethod
+    def shown_floor(score_thresh: float) -> float:
+        return 0.0  # every pixel has a class
+
+    @staticmethod
+    def sentence(labels: dict[str, Any], score_thresh: float) -> str:
+        return (
+            f"{1 - labels['ignored_share']:.1%} of the pixels of {labels['images']} images have a score of "
+            f"{score_thresh} or more"
+        )
+
+    @staticmethod
+    def further_lines(summary: dict[str, Any]) -> list[str]:
+        trained = {
+            name: stage["metrics"]["sem_seg"]
+            for name, stage in summary["stages"].items()
+            if stage.get("metrics")
+        }
+        lines = []
+        if trained:
+            prefix = "IoU-"
+            rows = [key[len(prefix) :] for key in next(iter(trained.values())) if key.startswith(prefix)]
+            lines += [
+                "IoU by class:",
+                "",
+                f"| class | {' | '.join(trained)} |",
+                "|---" * (len(trained) + 1) + "|",
+            ]
+            for name in rows:
+                values = [metrics.get(prefix + name) for metrics in trained.values()]
+                lines.append(f"| {name} | {' | '.join('-' if v is None else f'{v:.1f}' for v in values)} |")
+            lines.append("")
+        if "pseudo_mask_quality" in summary:
+            rows = [MaskQualityRow(**row) for row in summary["pseudo_mask_quality"]]
+            lines += [
+                "Pseudo masks of the teacher against the withheld truth, on the pixels that a threshold leaves:",
+                "",
+                markdown_table(rows),
+                "",
+            ]
+        return lines
+
+
+def _read(sample: dict[str, Any]) -> np.ndarray:
+    """The mask of a dataset dict, (H, W); 255 where its score is too low."""
+    return read_mask(sample["sem_seg_file_name"], sample["sem_seg_sha256"]).at(
+        sample["sem_seg_least_percent"]
+    )

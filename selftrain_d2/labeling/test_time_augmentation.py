@@ -1,0 +1,94 @@
+"""Test-time augmentation: a detector sees an image several times, resized and mirrored, and its boxes are merged."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from selftrain_d2.data.augmentation import build_augmentations
+from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.soft_nms import soft_nms
+
+#: The detections of one image in several views, in pixels of the image as it is -> those to keep.
+Merge = Callable[[Sequence[Instances]], Instances]
+
+
+def view_augmentations(cfg: CfgNode) -> list[T.AugmentationList]:
+    """The resizing of a test image, for each of SELFTRAIN.TTA.SCALES.
+
+    Raises:
+        InputError: there is no scale, one is not positive, or two are equal.
+    """
+    scales = [float(scale) for scale in cfg.SELFTRAIN.TTA.SCALES]
+    positive = all(scale > 0 and math.isfinite(scale) for scale in scales)
+    if not scales or not positive or len(set(scales)) < len(scales):
+        raise InputError(
+            f"SELFTRAIN.TTA.SCALES is {tuple(scales)}: give positive numbers, each once; (1.0,) for none."
+        )
+    augmentations = []
+    for scale in scales:
+        scaled = cfg.clone()
+        scaled.defrost()
+        scaled.INPUT.AUGMENTATION.IMAGE_SIZE = max(round(scale * cfg.INPUT.AUGMENTATION.IMAGE_SIZE), 1)
+        augmentations.append(T.AugmentationList(build_augmentations(scaled, is_train=False)))
+    return augmentations
+
+
+def mirrored(instances: Instances) -> Instances:
+    """Detections of an image, for the same image mirrored left to right, and the other way round.
+
+    Args:
+        instances: ``pred_boxes`` (N, 4) XYXY in pixels of ``image_size``, and perhaps ``pred_masks``
+            (N, H, W). Other fields stay.
+    """
+    result = Instances(instances.image_size, **instances.get_fields())
+    x0, y0, x1, y1 = instances.pred_boxes.tensor.unbind(dim=1)
+    width = instances.image_size[1]
+    result.pred_boxes = Boxes(torch.stack([width - x1, y0, width - x0, y1], dim=1))
+    if instances.has("pred_masks"):
+        result.pred_masks = instances.pred_masks.flip(-1)
+    return result
+
+
+def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
+    """How the detections of several views become one image's: by the detector's own NMS and limits.
+
+    Of the same object seen several times, NMS within its class keeps the best; with
+    MODEL.RETINANET.SOFT_NMS_SIGMA the others lose score instead.
+    """
+    two_stage = hasattr(detector, "roi_heads")
+    keys = cfg.MODEL.ROI_HEADS if two_stage else cfg.MODEL.RETINANET
+    sigma = 0.0 if two_stage else cfg.MODEL.RETINANET.SOFT_NMS_SIGMA
+
+    def merge(views: Sequence[Instances]) -> Instances:
+        together = Instances.cat(list(views))
+        boxes, scores, classes = together.pred_boxes.tensor, together.scores, together.pred_classes
+        if sigma:
+            kept, scores = soft_nms(
+                boxes,
+                scores,
+                classes,
+                sigma=sigma,
+                score_thresh=keys.SCORE_THRESH_TEST,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            )
+            together = together[kept]
+            together.scores = scores
+            return together
+        kept = batched_nms(boxes, scores, classes, keys.NMS_THRESH_TEST)
+        return together[kept[: cfg.TEST.DETECTIONS_PER_IMAGE]]
+
+    return merge
+
+
+def views(number_of_scales: int, flip: bool) -> list[tuple[int, bool]]:
+    """All views of an image: the scale's number, and whether it is mirrored."""
+    return list(itertools.product(range(number_of_scales), (False, True) if flip else (False,)))
