@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 # Threads that wait give up their core: on a shared machine, tests that spin take ten times as long.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow lint bench evidence clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,10 @@ bench: setup
 	$(BIN)/python tools/benchmark.py --task train
 	$(BIN)/python tools/benchmark.py --task label
 	$(BIN)/python tools/benchmark.py --task store
+
+# The page of our experiments, drawn from their stored metrics.
+evidence: setup
+	$(BIN)/python tools/report.py --metrics docs/evidence/*.json --output output/evidence
 
 DATA := data/neon_trees
 WEIGHTS := data/efficientnet_lite0_imagenet.pth

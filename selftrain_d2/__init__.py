@@ -17,7 +17,7 @@ from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmenta
 from selftrain_d2.data.datasets import register_image_folder, register_pseudo_labels
 from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
-from selftrain_d2.data.pseudo_label_store import load_pseudo_labels
+from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine import LossNormalizer, SelfTrainingTrainer
 from selftrain_d2.errors import InputError

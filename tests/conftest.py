@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from selftrain_d2 import add_selftrain_config
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
-from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
 
 torch.set_num_threads(2)
 COLOURS = {"red": (40, 40, 220), "green": (40, 220, 40)}  # BGR, as OpenCV writes

@@ -12,15 +12,15 @@ import json
 import sys
 from pathlib import Path
 
-from selftrain_d2.experiments.benchmark import machine, use_one_core
+from selftrain_d2.experiments.benchmarks.timing import machine, use_one_core
 
 # Task -> module with run(rounds) -> a dict of figures, whose "table" is Markdown.
 TASKS = {
-    "augmentation": "selftrain_d2.experiments.benchmark_augmentation",
-    "backbone": "selftrain_d2.experiments.benchmark_backbone",
-    "label": "selftrain_d2.experiments.benchmark_label",
-    "store": "selftrain_d2.experiments.benchmark_pseudo_label_store",
-    "train": "selftrain_d2.experiments.benchmark_train",
+    "augmentation": "selftrain_d2.experiments.benchmarks.augmentation",
+    "backbone": "selftrain_d2.experiments.benchmarks.backbone",
+    "label": "selftrain_d2.experiments.benchmarks.label",
+    "store": "selftrain_d2.experiments.benchmarks.store",
+    "train": "selftrain_d2.experiments.benchmarks.train",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from selftrain_d2.data.pseudo_label_exchange import import_coco
+from selftrain_d2.data.pseudo_labels.exchange import import_coco
 from selftrain_d2.engine.logs import log_to_console
 
 

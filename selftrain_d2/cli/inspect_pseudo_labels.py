@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selftrain_d2.labeling.inspection import inspect_labels
-from selftrain_d2.labeling.report import REPORT, config_words, write_report
+from selftrain_d2.labeling.inspection.inspect import inspect_labels
+from selftrain_d2.labeling.inspection.report import REPORT, config_words, write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

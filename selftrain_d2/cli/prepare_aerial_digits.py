@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from selftrain_d2.data.aerial_digits import prepare_aerial_digits
+from selftrain_d2.data.prepared.aerial_digits import prepare_aerial_digits
 from selftrain_d2.errors import InputError
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 2

@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.experiments.report import write_report
-from selftrain_d2.experiments.results import read_experiment, read_metrics
+from selftrain_d2.experiments.report.report import write_report
+from selftrain_d2.experiments.report.results import read_experiment, read_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

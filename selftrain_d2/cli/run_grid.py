@@ -25,12 +25,12 @@ from selftrain_d2.cli import COMMANDS
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.errors import InputError
-from selftrain_d2.experiments.cell_record import program_words
-from selftrain_d2.experiments.figure_spec import figures_of
-from selftrain_d2.experiments.grid import Grid, load_grid
-from selftrain_d2.experiments.grid_runner import Runner, dry_run, locked, read_state, run_grid
-from selftrain_d2.experiments.local_runner import Devices, LocalRunner
-from selftrain_d2.experiments.slurm_runner import SlurmRunner, submitted_jobs
+from selftrain_d2.experiments.grid.cell_record import program_words
+from selftrain_d2.experiments.grid.definition import Grid, load_grid
+from selftrain_d2.experiments.grid.local_runner import Devices, LocalRunner
+from selftrain_d2.experiments.grid.runner import Runner, dry_run, locked, read_state, run_grid
+from selftrain_d2.experiments.grid.slurm_runner import SlurmRunner, submitted_jobs
+from selftrain_d2.experiments.report.figure_spec import figures_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.data.label_maps import VOID
-from selftrain_d2.data.pseudo_label_selection import ScoreThreshold, resolve_thresholds
-from selftrain_d2.data.pseudo_label_store import load_pseudo_labels, read_manifest
+from selftrain_d2.data.pseudo_labels.selection import ScoreThreshold, resolve_thresholds
+from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels, read_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
 

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
-from selftrain_d2.data.pseudo_label_dataset import PseudoImageDataset, PseudoLabelDataset
+from selftrain_d2.data.pseudo_labels.dataset import PseudoImageDataset, PseudoLabelDataset
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.augmentation.box_only import BoxOnlyTransform
 from selftrain_d2.data.augmentation.geometric import CanvasTransform
 from selftrain_d2.data.label_maps import read_label_map
-from selftrain_d2.data.pseudo_masks import read_mask
+from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.errors import InputError
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

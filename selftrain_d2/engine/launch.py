@@ -24,8 +24,8 @@ from torch.multiprocessing import ProcessRaisedException
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
 from selftrain_d2.data.image_sources import absolute_root
 from selftrain_d2.data.loader import check_registered
-from selftrain_d2.data.pseudo_label_selection import class_names_of, selection_from_config
-from selftrain_d2.data.pseudo_label_store import read_manifest
+from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
+from selftrain_d2.data.pseudo_labels.store import read_manifest
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer

@@ -14,7 +14,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from selftrain_d2.data.datasets import list_images
-from selftrain_d2.data.pseudo_label_store import read_manifest
+from selftrain_d2.data.pseudo_labels.store import read_manifest
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,

@@ -20,7 +20,7 @@ from torch import nn
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.config import add_selftrain_config
-from selftrain_d2.experiments.benchmark import markdown_table
+from selftrain_d2.experiments.benchmarks.timing import markdown_table
 from selftrain_d2.modeling.backbone import EFFICIENTNET_NAMES, EfficientNet, batch_norm_builder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.image_sources import absolute_root, check_distinct
-from selftrain_d2.data.pseudo_label_shards import BOXES
-from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter
-from selftrain_d2.data.pseudo_masks import MASKS, make_mask_row
+from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
+from selftrain_d2.data.pseudo_labels.shards import BOXES
+from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
@@ -54,7 +54,7 @@ def generate_pseudo_labels(
         image_root: folder of the images, or the root that ``selftrain_d2.data.image_sources`` gives.
         file_names: the images, relative to ``image_root``. Those that cannot be read are written down as
             skipped, with the reason.
-        output: the pseudo-label folder (see ``selftrain_d2.data.pseudo_label_store``).
+        output: the pseudo-label folder (see ``selftrain_d2.data.pseudo_labels.store``).
         score_floor: boxes and pixels with a lower score are not written. The threshold for training comes
             later, when the labels are loaded.
         batch_size: images per forward pass. Images of different shapes never share one: padding would

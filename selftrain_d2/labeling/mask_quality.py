@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from selftrain_d2.data.label_maps import VOID, read_label_map
-from selftrain_d2.data.pseudo_masks import PERCENTS, least_percents, read_mask
+from selftrain_d2.data.pseudo_labels.masks import PERCENTS, least_percents, read_mask
 from selftrain_d2.errors import InputError
 
 DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selftrain_d2.data.label_maps import VOID
-from selftrain_d2.data.pseudo_masks import PixelLabels
+from selftrain_d2.data.pseudo_labels.masks import PixelLabels
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Network, Sample
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from selftrain_d2 import load_pseudo_labels
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_masks import read_mask
+from selftrain_d2.data.pseudo_labels.masks import read_mask
 
 CLASSES = ["background", "red", "green"]
 COLOURS = np.array([[110, 110, 110], [220, 40, 40], [40, 220, 40]], np.uint8)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from selftrain_d2 import InputError, build_selftrain_train_loader
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
 from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset, get_pseudo_dicts, repeat_factors
-from selftrain_d2.data.pseudo_label_dataset import PseudoLabelDataset
-from selftrain_d2.data.pseudo_label_store import PseudoLabelWriter, load_pseudo_labels, make_row
+from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
+from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, load_pseudo_labels, make_row
 
 H, P = 6, 10
 

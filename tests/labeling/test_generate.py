@@ -10,10 +10,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from selftrain_d2 import InputError, SelfTrainingDatasetMapper, generate_pseudo_labels, load_pseudo_labels
-from selftrain_d2.data import pseudo_label_store
 from selftrain_d2.data.datasets import list_images
 from selftrain_d2.data.mapper import read_image
-from selftrain_d2.data.pseudo_label_store import read_manifest
+from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
+from selftrain_d2.data.pseudo_labels.store import read_manifest
 
 
 @pytest.fixture

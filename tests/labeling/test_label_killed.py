@@ -17,8 +17,8 @@ from detectron2.modeling import build_model
 
 from selftrain_d2 import load_pseudo_labels
 from selftrain_d2.cli import main
-from selftrain_d2.data import pseudo_label_store
-from selftrain_d2.data.pseudo_label_store import read_manifest
+from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
+from selftrain_d2.data.pseudo_labels.store import read_manifest
 
 IMAGES = 160
 SHARD = 4
@@ -26,7 +26,7 @@ SHARD = 4
 PROGRAM = f"""
 import sys, torch
 from selftrain_d2.cli import main
-from selftrain_d2.data import pseudo_label_store
+from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
 torch.set_num_threads(1)
 pseudo_label_store.SHARD_SIZE = {SHARD}
 sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from selftrain_d2 import InputError
 from selftrain_d2.data.label_maps import read_label_map
-from selftrain_d2.data.pseudo_masks import PixelLabels, mask_path, write_mask
+from selftrain_d2.data.pseudo_labels.masks import PixelLabels, mask_path, write_mask
 from selftrain_d2.labeling.mask_quality import markdown_table, mask_quality
 
 CLASSES = ["background", "red", "green", "absent"]

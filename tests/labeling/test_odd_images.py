@@ -15,8 +15,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from selftrain_d2 import generate_pseudo_labels, load_pseudo_labels
-from selftrain_d2.data import pseudo_label_store
 from selftrain_d2.data.image_sources import images_of_archives, list_images
+from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
 from selftrain_d2.labeling.inference import ImageReader
 
 RNG = np.random.default_rng(0)

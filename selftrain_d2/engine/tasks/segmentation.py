@@ -14,9 +14,9 @@ from detectron2.config import CfgNode
 
 from selftrain_d2.data.datasets import list_images, load_image_folder
 from selftrain_d2.data.label_maps import VOID, read_label_map
-from selftrain_d2.data.pseudo_label_selection import selection_from_config
-from selftrain_d2.data.pseudo_label_store import load_pseudo_labels
-from selftrain_d2.data.pseudo_masks import read_mask
+from selftrain_d2.data.pseudo_labels.masks import read_mask
+from selftrain_d2.data.pseudo_labels.selection import selection_from_config
+from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder, register_segmentation_folder
 from selftrain_d2.engine.launch import DatasetSpec
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Task, is_segmentor

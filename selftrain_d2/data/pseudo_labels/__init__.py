@@ -1,0 +1,1 @@
+"""The pseudo-label folder: written, verified, loaded, exchanged."""

@@ -1,0 +1,121 @@
+"""EfficientNet features: ours beside timm's ``features_only`` of the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from selftrain_d2.errors import InputError
+from selftrain_d2.experiments.benchmarks.timing import markdown_table, ratio, spread, time_in_turns
+from selftrain_d2.modeling.backbone import EfficientNet, batch_norm_builder, fuse_batch_norms
+
+# Name -> images per step on a GPU (bfloat16) and on a CPU core (float32).
+BATCHES = {"efficientnet-b0": (64, 1), "efficientnet-b3": (32, 1), "efficientnet-b7": (8, 1)}
+GPU_SIZE, CPU_SIZE = 640, 384
+DROP_CONNECT_RATE = 0.2
+FORWARD, TRAIN = "forward", "forward + backward"
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Time C2-C5 without gradients in evaluation mode, and with the backward pass in training mode.
+
+    On a GPU with bfloat16 autocast and channels_last for all; on a CPU in float32, ours in its default format
+    and timm in both. "fused" is ours with batch norms folded, as for inference.
+
+    Args:
+        rounds: how often each is measured.
+
+    Returns:
+        ``table`` (Markdown) and the figures behind it: ``speed`` (images per second), ``time_ratio`` (our time
+        / timm's) and on a GPU ``peak_memory_gib``, by model, pass and contestant; each but the memory with the
+        median, smallest and largest of the rounds.
+
+    Raises:
+        InputError: timm is not installed.
+    """
+    on_gpu = torch.cuda.is_available()
+    results: dict[str, Any] = {"speed": {}, "time_ratio": {}, "peak_memory_gib": {}}
+    rows = []
+    for name, batches in BATCHES.items():
+        batch, size = (batches[0], GPU_SIZE) if on_gpu else (batches[1], CPU_SIZE)
+        images = torch.randn(batch, 3, size, size, device="cuda" if on_gpu else "cpu")
+        for phase in (FORWARD, TRAIN):
+            contestants = _contestants(name, images, phase)
+            if on_gpu:
+                memory = {key: _peak_memory(step) for key, step in contestants.items()}
+                results["peak_memory_gib"].setdefault(name, {})[phase] = memory
+            speeds = time_in_turns(contestants, batch, rounds)
+            others = [key for key in contestants if key != "timm"]
+            ratios = {key: ratio(speeds, "timm", key) for key in others}
+            results["speed"].setdefault(name, {})[phase] = {k: spread(v) for k, v in speeds.items()}
+            results["time_ratio"].setdefault(name, {})[phase] = ratios
+            rows += [
+                [
+                    f"{name}, {batch} x {size} px, {phase}, {key}",
+                    f"{spread(speeds[key])['median']:.2f}",
+                    "" if key == "timm" else "{median:.2f} ({min:.2f} - {max:.2f})".format(**ratios[key]),
+                    f"{memory[key]:.1f}" if on_gpu else "",
+                ]
+                for key in contestants
+            ]
+    results["table"] = markdown_table(["", "images/s", "time / timm's", "peak memory, GiB"], rows)
+    return results
+
+
+def _contestants(name: str, images: torch.Tensor, phase: str) -> dict[str, Callable[[], None]]:
+    device = images.device.type
+    norm = batch_norm_builder("BN", device=device, eps=1e-3, momentum=0.01)
+    ours = EfficientNet(
+        name=name,
+        out_features=["res2", "res3", "res4", "res5"],
+        norm=norm,
+        drop_connect_rate=DROP_CONNECT_RATE,
+    )
+    channels_last = _timm_model(name).to(memory_format=torch.channels_last)
+    models = {"ours": ours, "timm": channels_last}
+    if device == "cpu":
+        models = {"ours": ours, "timm": _timm_model(name), "timm, channels_last": channels_last}
+    if phase == FORWARD:
+        models["ours, fused"] = fuse_batch_norms(ours)
+    train = phase == TRAIN
+    return {key: _step(model.to(device).train(train), images, train) for key, model in models.items()}
+
+
+def _timm_model(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError("This benchmark compares with timm: pip install timm.") from error
+    return timm.create_model(
+        "tf_" + name.replace("-", "_"),
+        features_only=True,
+        out_indices=(1, 2, 3, 4),
+        drop_path_rate=DROP_CONNECT_RATE,
+    )
+
+
+def _step(model: nn.Module, images: torch.Tensor, train: bool) -> Callable[[], None]:
+    on_gpu = images.is_cuda
+
+    def step() -> None:
+        with torch.set_grad_enabled(train):
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+                x = images.contiguous(memory_format=torch.channels_last) if on_gpu else images
+                features = model(x)
+            if train:
+                features = features.values() if isinstance(features, dict) else features
+                sum(feature.float().mean() for feature in features).backward()
+                model.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def _peak_memory(step: Callable[[], None]) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30

@@ -1,0 +1,1 @@
+"""Grids of runs of the public commands."""

@@ -1,0 +1,1 @@
+"""The report that pseudo labels are judged by."""

@@ -1,0 +1,106 @@
+"""Each selection against a loop over plain rows."""
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selftrain_d2 import InputError, add_selftrain_config
+from selftrain_d2.data.pseudo_labels.selection import (
+    matching_threshold,
+    resolve_thresholds,
+    select_boxes,
+    selection_from_config,
+)
+
+CLASSES = ["car", "dog", "tree"]
+MANIFEST = {"thing_classes": CLASSES, "score_floor": 0.05}
+
+# Few different scores: ties, and thresholds that are met exactly, are common.
+SCORES = st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]) | st.floats(0.0625, 1, width=32)
+THRESHOLDS = st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+IMAGES = st.lists(st.lists(st.tuples(SCORES, st.integers(0, 2)), max_size=6), max_size=6)
+
+
+def _arrays(images):
+    boxes = [box for image in images for box in image]
+    scores = np.array([score for score, _ in boxes], np.float32)
+    category_ids = np.array([category for _, category in boxes], np.int32)
+    return scores, category_ids, np.array([len(image) for image in images], np.int64)
+
+
+@given(IMAGES, st.tuples(THRESHOLDS, THRESHOLDS, THRESHOLDS), st.none() | st.integers(1, 4))
+def test_thresholds_by_class_and_the_best_of_an_image(images, thresholds, top_k):
+    expected = []
+    for image in images:
+        reached = [i for i, (score, c) in enumerate(image) if np.float32(score) >= np.float32(thresholds[c])]
+        # sorted() is stable: of equal scores the first
+        best = sorted(reached, key=lambda i: -np.float32(image[i][0]))[:top_k]
+        expected += [i in best for i in range(len(image))]
+    kept = select_boxes(*_arrays(images), np.array(thresholds, np.float32), top_k)
+    assert kept.tolist() == expected
+
+
+@given(st.lists(SCORES, max_size=12), st.floats(0.1, 15))
+def test_the_threshold_that_matches_a_count(scores, target):
+    scores = np.array(scores, np.float32)
+    threshold = matching_threshold(scores, target)
+    if not len(scores):
+        assert threshold is None
+        return
+    distances = {t: abs(sum(s >= t for s in scores) - target) for t in scores.tolist()}
+    nearest = min(distances.values())
+    assert threshold == max(t for t, distance in distances.items() if distance == nearest)
+
+
+def test_one_threshold_or_one_by_class():
+    np.testing.assert_array_equal(resolve_thresholds(MANIFEST, 0.7), np.full(3, 0.7, np.float32))
+    by_class = {"tree": 0.3, "car": 0.5, "dog": 1}
+    np.testing.assert_array_equal(resolve_thresholds(MANIFEST, by_class), np.array([0.5, 1, 0.3], np.float32))
+    assert (resolve_thresholds(MANIFEST, 0.5, boxes_per_image=2) == np.float32(0.05)).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"score_thresh": 0.04}, r"0\.04 is outside \[0\.05, 1\]"),
+        ({"score_thresh": 1.1}, "outside"),
+        ({"score_thresh": float("nan")}, "outside"),
+        ({"score_thresh": "0.5"}, "outside"),
+        ({"score_thresh": True}, "outside"),
+        ({"score_thresh": {"car": 0.5, "dog": 0.01, "tree": 0.5}}, r"0\.01 of class 'dog' is outside"),
+        ({"score_thresh": {"car": 0.5, "dog": 0.5}}, "'tree' has no score threshold"),
+        ({"score_thresh": {"car": 0.5, "dog": 0.5, "tree": 0.5, "bus": 0.5}}, "no class 'bus'"),
+        ({"score_thresh": {"car": 0.5, "dog": 0.5, "tree": 0.5}, "boxes_per_image": 2}, "not both"),
+        ({"score_thresh": 0.5, "top_k": 0}, "at least 1"),
+        ({"score_thresh": 0.5, "top_k": 1.5}, "at least 1"),
+        ({"score_thresh": 0.5, "boxes_per_image": 0}, "above 0"),
+        ({"score_thresh": 0.5, "boxes_per_image": float("nan")}, "above 0"),
+        ({"score_thresh": 0.5, "boxes_per_image": float("inf")}, "above 0"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(InputError, match=message):
+        resolve_thresholds(MANIFEST, **arguments)
+
+
+def test_from_config():
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    defaults = {"score_thresh": 0.5, "top_k": None, "boxes_per_image": None}
+    assert selection_from_config(cfg, CLASSES) == defaults
+    cfg.SELFTRAIN.SCORE_THRESH, cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = 0.6, ("dog", 0.8)
+    cfg.SELFTRAIN.TOP_K = 5
+    chosen = selection_from_config(cfg, CLASSES)
+    assert chosen == {
+        "score_thresh": {"car": 0.6, "dog": 0.8, "tree": 0.6},
+        "top_k": 5,
+        "boxes_per_image": None,
+    }
+    cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("dog", 0.8, "car")
+    with pytest.raises(InputError, match="'car' stands alone"):
+        selection_from_config(cfg, CLASSES)
+    cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("bus", 0.8)
+    with pytest.raises(InputError, match="no class 'bus'"):
+        resolve_thresholds(MANIFEST, **selection_from_config(cfg, CLASSES))
