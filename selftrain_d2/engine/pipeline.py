@@ -175,6 +175,7 @@ class _Loop:
         cfg.defrost()
         cfg.merge_from_file(str(self.output / stage / "config.yaml"))
         cfg.MODEL.WEIGHTS = str(self.output / stage / _final_weights(cfg))
+        cfg.SELFTRAIN = self.cfg.SELFTRAIN.clone()  # how to label is not settled by what was trained before
         return cfg
 
     def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:

@@ -119,6 +119,9 @@ def test_the_loop(data, tmp_path, capsys):
 
     before = times()
     assert main(command) == 0 and times() == before
+    # How to label is what this call says, though the teacher was trained by another: its labels would be others.
+    assert main([*command, "SELFTRAIN.TTA.FLIP", "True"]) == 2
+    assert "pseudo_labels was begun with another teacher_config_sha256" in capsys.readouterr().err
     # Other masks are other work.
     mask = data["labeled"] / "masks" / "0.png"
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(mask)
