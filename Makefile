@@ -12,11 +12,12 @@ READY := $(VENV)/.ready
 # Threads that wait give up their core: on a shared machine, tests that spin take ten times as long.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test test-slow lint bench evidence clean
+.PHONY: setup demo demo-segmentation test test-slow lint bench evidence clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   the whole loop on real aerial imagery: teacher, pseudo labels, student"
+	@echo "make demo-segmentation   the same for pixels"
 	@echo "make test   the fast tests;  make test-slow: the others;  make lint;  make bench"
 
 setup: $(READY)
@@ -63,6 +64,17 @@ demo: setup $(WEIGHTS)
 	    --unlabeled-images $(DATA)/images/unlabeled --unlabeled-truth-json $(DATA)/unlabeled_truth.json \
 	    --val-json $(DATA)/validation.json --val-images $(DATA)/images/validation \
 	    --control --output $(DEMO) MODEL.WEIGHTS $(WEIGHTS) SEED $(SEED)
+
+INK := data/aerial_ink
+
+demo-segmentation: setup $(WEIGHTS)
+	$(BIN)/python tools/prepare_aerial_digits.py --one-class --labeled 40 --unlabeled 1000 --validation 300 --output $(INK)
+	$(BIN)/python tools/self_train.py --task segmentation --classes background digit \
+	    --config-file configs/aerial_digits/segmentor_lite0_128.yaml \
+	    --labeled-images $(INK)/images/labeled --labeled-masks $(INK)/masks/labeled \
+	    --unlabeled-images $(INK)/images/unlabeled --unlabeled-truth-masks $(INK)/masks/unlabeled_truth \
+	    --val-images $(INK)/images/validation --val-masks $(INK)/masks/validation \
+	    --control --output output/demo_segmentation MODEL.WEIGHTS $(WEIGHTS) SEED $(SEED)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .hypothesis .ruff_cache
