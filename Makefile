@@ -74,7 +74,7 @@ demo-segmentation: setup $(WEIGHTS)
 	    --labeled-images $(INK)/images/labeled --labeled-masks $(INK)/masks/labeled \
 	    --unlabeled-images $(INK)/images/unlabeled --unlabeled-truth-masks $(INK)/masks/unlabeled_truth \
 	    --val-images $(INK)/images/validation --val-masks $(INK)/masks/validation \
-	    --control --output output/demo_segmentation MODEL.WEIGHTS $(WEIGHTS) SEED $(SEED)
+	    --control --output output/demo_segmentation_seed$(SEED) MODEL.WEIGHTS $(WEIGHTS) SEED $(SEED)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .hypothesis .ruff_cache
