@@ -1,6 +1,7 @@
 """What a grid of experiments consists of: a YAML file of axes and steps, read into cells.
 
-The grid is the product of all axes, less what ``include`` and ``exclude`` leave out. A *step* is one command
+The grid is the product of all axes, less what ``include`` and ``exclude`` leave out; an ``exclude`` with a ``step``
+leaves out cells of that step alone. A *step* is one command
 with the axes that matter to it, and has a *cell* for each combination of their values in the grid. A step that
 names an earlier one in braces gets the output folder of that step's cell, and runs after it: so students of many
 alphas share one teacher. See ``configs/grids`` for grids in use.
@@ -20,7 +21,7 @@ alphas share one teacher. See ``configs/grids`` for grids in use.
       student:
         axes: [loss, seed]
         command: train --resume ... MODEL.WEIGHTS {teacher}/model_final.pth {loss} OUTPUT_DIR {output} SEED {seed}
-    exclude: [{loss: plain, seed: 2}]
+    exclude: [{loss: plain, seed: 2}, {step: student, seed: 1}]
     report: [...]                                    # see selftrain_d2.experiments.report.figure_spec
 
 A word that is nothing but ``{name}`` becomes all the words it stands for; inside a longer word it becomes the
@@ -175,6 +176,7 @@ def parse_grid(content: Any, where: str, changed: Mapping[str, str] | None = Non
     content["values"] = _change(
         check_mapping(content.get("values") or {}, f"{where}: values"), changed or {}, where
     )
+    steps = check_mapping(content.get("steps"), f"{where}: steps")
     names = Names(where)
     for name, value in content["values"].items():
         names.add(name, *_constant(value, names, f"{where}: values: {name}"))
@@ -183,16 +185,25 @@ def parse_grid(content: Any, where: str, changed: Mapping[str, str] | None = Non
         for axis, values in check_mapping(content.get("axes") or {}, f"{where}: axes").items()
     }
     program = content.get("program")
-    steps = check_mapping(content.get("steps"), f"{where}: steps")
     if not steps:
         raise InputError(f"{where}: steps is empty: a grid has at least one.")
     for name in [*axes, *steps]:
         names.reserve(name)
-    combinations = _combinations(axes, content, where)
+    rules = {key: _rules(content, key, axes, tuple(map(str, steps)), where) for key in ("include", "exclude")}
+    combinations = _combinations(axes, rules, where)
     cells: list[Cell] = []
     done: dict[str, list[str]] = {}
     for name, step in steps.items():
-        cells += _cells_of_step(str(name), step, axes, combinations, names, done, f"{where}: steps: {name}")
+        of_step = [
+            values
+            for values in combinations
+            if not any(matches({STEP: name, **values}, rule) for rule in rules["exclude"])
+        ]
+        cells += _cells_of_step(str(name), step, axes, of_step, names, done, f"{where}: steps: {name}")
+    known = {cell.id for cell in cells}
+    for cell in cells:
+        for need in set(cell.needs) - known:
+            raise InputError(f"{where}: exclude leaves out {need}, which {cell.id} needs.")
     return Grid(
         title=str(content.get("title") or Path(where).stem),
         program=None if program is None else tuple(words_of(program, f"{where}: program")),
@@ -229,30 +240,36 @@ def _axis(axis: Any, values: Any, names: Names, where: str) -> dict[Scalar, list
     return words
 
 
+def _rules(
+    content: Mapping[str, Any],
+    key: str,
+    axes: Mapping[str, Mapping[Scalar, Any]],
+    steps: Sequence[str],
+    where: str,
+) -> list[Mapping[str, Any]]:
+    """The rules of ``include`` or ``exclude``, checked."""
+    rules = content.get(key) or []
+    if not isinstance(rules, list):
+        raise InputError(f"{where}: {key} must be a list of mappings, e.g. [{{policy: S1, alpha: [2, 4]}}].")
+    known = {**axes, **({STEP: steps} if key == "exclude" else {})}
+    for rule in rules:
+        for axis, values in check_mapping(rule, f"{where}: {key}").items():
+            check_known(axis, known, "axis", f"{where}: {key}")
+            for value in as_list(values):
+                check_known(str(value), [str(v) for v in known[axis]], f"value of {axis}", f"{where}: {key}")
+    return rules
+
+
 def _combinations(
-    axes: Mapping[str, Mapping[Scalar, Any]], content: Mapping[str, Any], where: str
+    axes: Mapping[str, Mapping[Scalar, Any]], rules: Mapping[str, Sequence[Mapping[str, Any]]], where: str
 ) -> list[dict[str, Scalar]]:
     """All combinations of values of all axes that include and exclude leave."""
-    rules = {}
-    for key in ("include", "exclude"):
-        rules[key] = content.get(key) or []
-        if not isinstance(rules[key], list):
-            raise InputError(
-                f"{where}: {key} must be a list of mappings, e.g. [{{policy: S1, alpha: [2, 4]}}]."
-            )
-        for rule in rules[key]:
-            for axis, values in check_mapping(rule, f"{where}: {key}").items():
-                check_known(axis, axes, "axis", f"{where}: {key}")
-                for value in as_list(values):
-                    check_known(
-                        str(value), [str(v) for v in axes[axis]], f"value of {axis}", f"{where}: {key}"
-                    )
     combinations = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     kept = [
         values
         for values in combinations
         if (not rules["include"] or any(matches(values, rule) for rule in rules["include"]))
-        and not any(matches(values, rule) for rule in rules["exclude"])
+        and not any(matches(values, rule) for rule in rules["exclude"] if STEP not in rule)
     ]
     if not kept:
         raise InputError(f"{where}: include and exclude leave no cell.")

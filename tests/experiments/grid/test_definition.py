@@ -92,6 +92,15 @@ def test_include_and_exclude():
     ]
 
 
+def test_exclude_of_one_step():
+    content = yaml.safe_load(STUDENTS)
+    content["exclude"] = [{"step": "student", "alpha": 0.25}, {"step": ["student", "labels"], "seed": 1}]
+    assert [cell.id for cell in parse_grid(content, "g").cells] == [
+        "teacher/seed=0", "teacher/seed=1", "labels/seed=0",
+        "student/loss=normalized,alpha=1,seed=0", "student/loss=plain,alpha=1,seed=0",
+    ]  # fmt: skip
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_cells_are_the_grid_seen_along_a_steps_axes(data):
@@ -169,6 +178,9 @@ def test_only_some_cells_and_what_they_need():
         (("axes", "a b"), [1], "letters, digits and _"),
         (("exclude",), [{"seed": 7}], "no value of seed '7'"),
         (("exclude",), [{"sed": 0}], "no axis 'sed'"),
+        (("exclude",), [{"step": "studnet"}], "no value of step 'studnet'"),
+        (("exclude",), [{"step": "labels", "seed": 1}], "leaves out labels/seed=1, which student/.* needs"),
+        (("include",), [{"step": "student"}], "no axis 'step'"),
         (("exclude",), {"seed": 0}, "must be a list of mappings"),
         (("include",), [{"seed": 0, "alpha": 1}, 3], "must be a mapping"),
         (("values", "data"), None, "not a word or a number"),
@@ -242,7 +254,7 @@ def test_shipped_grids_have_valid_commands(file):
         if name == "train":
             # It goes on after a stop, and keeps to its own folder and seed.
             assert args.resume and f"runs/{cell.id}/output" == cfg.OUTPUT_DIR
-            assert cell.axes["seed"] == cfg.SEED
+            assert cell.axes.get("seed", cfg.SEED) == cfg.SEED
             assert cell.axes.get("alpha", cfg.SELFTRAIN.ALPHA) == cfg.SELFTRAIN.ALPHA
             assert (
                 bool(cfg.DATASETS.PSEUDO_TRAIN)
