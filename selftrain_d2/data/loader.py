@@ -1,4 +1,4 @@
-"""Batches with a fixed number of human-labeled and of pseudo-labeled images."""
+"""Batches with a fixed number of images of each source: human-labeled, pseudo-labeled, classification."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
+from selftrain_d2.data.classification import ClassificationMapper, get_classification_dicts
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.pseudo_labels.dataset import PseudoImageDataset, PseudoLabelDataset
@@ -30,14 +31,15 @@ SampleKey = tuple
 
 
 class MixedBatchSampler(Sampler):
-    """Endless batches of sample keys: first the human images, then the pseudo images.
+    """Endless batches of sample keys: the images of the first source first (human), then those of the next.
 
     Each source has its own stream of indices (any of detectron2's training samplers, which deal one stream
     out to all processes), so a batch has the same number of each in every process and every step.
 
     Args:
-        samplers: one endless sampler a source, each already restricted to this process.
-        batch_sizes: images of each source per batch of this process.
+        samplers: one endless sampler a source, each already restricted to this process; None for a source of no
+            images.
+        batch_sizes: images of each source per batch of this process, or 0.
         groups: for each source the group of every image, or None. A batch takes the images of a source
             from one group only (aspect-ratio grouping).
 
@@ -47,7 +49,7 @@ class MixedBatchSampler(Sampler):
 
     def __init__(
         self,
-        samplers: Sequence[Sampler],
+        samplers: Sequence[Sampler | None],
         batch_sizes: Sequence[int],
         groups: Sequence[Sequence[int] | None],
     ):
@@ -60,6 +62,7 @@ class MixedBatchSampler(Sampler):
         streams = [
             self._batches(source, sampler, size, group)
             for source, (sampler, size, group) in enumerate(zip(self.samplers, self.batch_sizes, self.groups))
+            if size
         ]
         batches = (list(itertools.chain.from_iterable(parts)) for parts in zip(*streams))
         # Only indices are drawn for the batches left out: a million take seconds.
@@ -78,15 +81,15 @@ class MixedBatchSampler(Sampler):
 
 
 class MixedDataset(Dataset):
-    """Maps sample keys to mapped samples, each with random numbers of its own.
+    """Maps sample keys to samples mapped by their source's mapper, each with random numbers of its own.
 
     The random state of a sample depends on the seed and its key alone. So the same seed gives the same
     samples whatever the number of loader workers or processes, and wherever a resumed run starts.
     """
 
-    def __init__(self, sources: Sequence[Dataset], mapper: Callable[[dict], dict], seed: int):
+    def __init__(self, sources: Sequence[Dataset], mappers: Sequence[Callable[[dict], dict]], seed: int):
         self.sources = sources
-        self.mapper = mapper
+        self.mappers = mappers
         self.seed = seed
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class MixedDataset(Dataset):
         random.seed(int(seed))
         np.random.seed(seed)
         try:
-            return self.mapper(self.sources[source][index])
+            return self.mappers[source](self.sources[source][index])
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -126,16 +129,20 @@ def get_pseudo_dicts(cfg) -> Sequence[dict[str, Any]]:
         InputError: a dataset is not registered, is empty, or has other classes than DATASETS.TRAIN.
     """
     check_registered("DATASETS.PSEUDO_TRAIN", cfg.DATASETS.PSEUDO_TRAIN)
-    human = cfg.DATASETS.TRAIN[0]
-    for name in cfg.DATASETS.PSEUDO_TRAIN:
+    check_pseudo_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.PSEUDO_TRAIN)
+    parts = [_one_pseudo_dataset(name) for name in cfg.DATASETS.PSEUDO_TRAIN]
+    return parts[0] if len(parts) == 1 else ConcatDataset(map(_shared, parts))
+
+
+def check_pseudo_classes(human: str, pseudo: Sequence[str]) -> None:
+    """Raise InputError unless registered pseudo-labeled datasets have the classes of the human-labeled one."""
+    for name in pseudo:
         check_same_classes(
             class_names(human) or [],
             class_names(name) or [],
             f"The pseudo-labeled dataset {name!r}",
             f"the human-labeled dataset {human!r}",
         )
-    parts = [_one_pseudo_dataset(name) for name in cfg.DATASETS.PSEUDO_TRAIN]
-    return parts[0] if len(parts) == 1 else ConcatDataset(map(_shared, parts))
 
 
 def _one_pseudo_dataset(name: str) -> Sequence[dict[str, Any]]:
@@ -163,13 +170,32 @@ def check_registered(key: str, names: Sequence[str]) -> None:
             )
 
 
-def _from_config(cfg, *, mapper=None):
+def check_sources(cfg) -> None:
+    """Check, before anything is read, that a config's sources of images fit together.
+
+    Raises:
+        InputError: a source has datasets but no images a step, or the other way round; a dataset is not registered.
+    """
     if bool(cfg.DATASETS.PSEUDO_TRAIN) != bool(cfg.SOLVER.PSEUDO_IMS_PER_BATCH):
         raise InputError(
             "DATASETS.PSEUDO_TRAIN and SOLVER.PSEUDO_IMS_PER_BATCH belong together: set both to train a "
             f"student, neither to train a teacher (now {cfg.DATASETS.PSEUDO_TRAIN} and "
             f"{cfg.SOLVER.PSEUDO_IMS_PER_BATCH})."
         )
+    if bool(cfg.DATASETS.CLASSIFICATION_TRAIN) != bool(cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH):
+        raise InputError(
+            "DATASETS.CLASSIFICATION_TRAIN and SOLVER.CLASSIFICATION_IMS_PER_BATCH belong together: set both for joint "
+            f"training, or neither (now {cfg.DATASETS.CLASSIFICATION_TRAIN} and "
+            f"{cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH})."
+        )
+    check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    for key in ("PSEUDO_TRAIN", "CLASSIFICATION_TRAIN"):
+        if cfg.DATASETS[key]:
+            check_registered(f"DATASETS.{key}", cfg.DATASETS[key])
+
+
+def _from_config(cfg, *, mapper=None, classification_mapper=None):
+    check_sources(cfg)
     human_dicts = get_human_dicts(cfg)
     pseudo_dicts = get_pseudo_dicts(cfg) if cfg.DATASETS.PSEUDO_TRAIN else []
     return {
@@ -180,6 +206,11 @@ def _from_config(cfg, *, mapper=None):
         "pseudo_batch_size": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
         "human_repeat_factors": _repeat_factors(cfg, "SAMPLER_TRAIN", human_dicts),
         "pseudo_repeat_factors": _repeat_factors(cfg, "PSEUDO_SAMPLER_TRAIN", pseudo_dicts),
+        "classification_dicts": get_classification_dicts(cfg) if cfg.DATASETS.CLASSIFICATION_TRAIN else [],
+        "classification_mapper": ClassificationMapper(cfg)
+        if classification_mapper is None
+        else classification_mapper,
+        "classification_batch_size": cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH,
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "seed": cfg.SEED if cfg.SEED >= 0 else None,
@@ -238,9 +269,15 @@ def _is_wide(dicts: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.concatenate([sizes[:, 1] > sizes[:, 0] for sizes in parts]).astype(np.uint8)
 
 
+def _sampler(number: int, repeat_factors: torch.Tensor | None, seed: int) -> Sampler:
+    if repeat_factors is None:
+        return TrainingSampler(number, seed=seed)
+    return RepeatFactorTrainingSampler(repeat_factors, seed=seed)
+
+
 def _shared(dicts: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Workers would copy the Python objects of a list when they touch them."""
-    return DatasetFromList(dicts, copy=False) if isinstance(dicts, list) else dicts
+    return DatasetFromList(dicts, copy=False) if isinstance(dicts, list) and dicts else dicts
 
 
 def _parts(dicts: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
@@ -257,11 +294,14 @@ def build_selftrain_train_loader(
     pseudo_batch_size: int,
     human_repeat_factors: torch.Tensor | None = None,
     pseudo_repeat_factors: torch.Tensor | None = None,
+    classification_dicts: Sequence[dict[str, Any]] = (),
+    classification_mapper: Callable[[dict], dict] | None = None,
+    classification_batch_size: int = 0,
     aspect_ratio_grouping: bool = False,
     num_workers: int = 0,
     seed: int | None = None,
 ) -> DataLoader:
-    """An endless loader whose every batch has the same number of human and of pseudo images.
+    """An endless loader whose every batch has the same number of human, of pseudo and of classification images.
 
     Call it as ``build_selftrain_train_loader(cfg)`` or with the arguments.
 
@@ -272,47 +312,46 @@ def build_selftrain_train_loader(
         human_batch_size, pseudo_batch_size: images a step over all processes; each process has its share.
         human_repeat_factors, pseudo_repeat_factors: float tensors ``(len(dicts),)``, how often an image comes in
             an epoch (detectron2's RepeatFactorTrainingSampler), or None for once.
+        classification_dicts, classification_mapper, classification_batch_size: the same of images for joint training
+            (see :class:`ClassificationMapper`), if there are any.
         aspect_ratio_grouping: whether the human (pseudo) images of a batch are all wide or all tall.
             Of use where training images have different shapes, which those of S1-S4 have not.
         num_workers: loader processes.
         seed: of the order of images and of augmentation. None: random, the same in all processes.
 
     Returns:
-        A DataLoader of lists of samples, human ones first, each with ``label_source``.
+        A DataLoader of lists of samples, human, pseudo, classification, each with ``label_source``.
         ``loader.batch_sampler.first_batch`` may be set before the iteration starts, to resume there.
 
     Raises:
         InputError: a batch size does not divide by the number of processes, or a dataset is empty.
     """
     world_size = comm.get_world_size()
-    dicts, sizes, samplers = [], [], []
+    samplers, groups = [], []
     seed = comm.shared_random_seed() if seed is None else seed
-    for source, (source_dicts, size, factors) in enumerate(
-        [
-            (human_dicts, human_batch_size, human_repeat_factors),
-            (pseudo_dicts, pseudo_batch_size, pseudo_repeat_factors),
-        ]
-    ):
-        key = ("SOLVER.IMS_PER_BATCH", "SOLVER.PSEUDO_IMS_PER_BATCH")[source]
-        if size < (1, 0)[source]:
-            raise InputError(f"{key} is {size}: a step needs at least {(1, 0)[source]} such images.")
-        if size == 0:
-            continue
+    dicts = [human_dicts, pseudo_dicts, classification_dicts]
+    sizes = [human_batch_size, pseudo_batch_size, classification_batch_size]
+    factors = [human_repeat_factors, pseudo_repeat_factors, None]
+    for source, name in enumerate(("", "PSEUDO_", "CLASSIFICATION_")):
+        key, number, size = f"SOLVER.{name}IMS_PER_BATCH", len(dicts[source]), sizes[source]
+        least = 0 if name else 1
+        if size < least:
+            raise InputError(f"{key} is {size}: a step needs at least {least} such images.")
         if size % world_size:
             raise InputError(f"{key} = {size} does not divide by the {world_size} processes.")
-        if not len(source_dicts):
+        if size and not number:
             raise InputError(f"{key} = {size}, but there are no such images.")
-        dicts.append(source_dicts)
-        sizes.append(size // world_size)
-        samplers.append(
-            TrainingSampler(len(source_dicts), seed=seed + source)
-            if factors is None
-            else RepeatFactorTrainingSampler(factors, seed=seed + source)
-        )
-    groups = [_is_wide(ds) if aspect_ratio_grouping else None for ds in dicts]
+        samplers.append(_sampler(number, factors[source], seed + source) if size else None)
+        # Classification images are square when they are batched.
+        grouped = aspect_ratio_grouping and size and name != "CLASSIFICATION_"
+        groups.append(_is_wide(dicts[source]) if grouped else None)
     return DataLoader(
-        MixedDataset([_shared(ds) for ds in dicts], mapper, seed),
-        batch_sampler=MixedBatchSampler(samplers, sizes, groups),
+        MixedDataset(
+            [_shared(ds) for ds in dicts],
+            [mapper, mapper, classification_mapper],
+            seed,
+        ),
+        batch_sampler=MixedBatchSampler(samplers, [size // world_size for size in sizes], groups),
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         worker_init_fn=use_one_thread,

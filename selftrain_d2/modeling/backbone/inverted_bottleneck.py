@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from selftrain_d2.modeling.backbone.norm import running_statistics_kept
 
 
 class SameConv2d(nn.Conv2d):
@@ -127,27 +129,13 @@ class InvertedBottleneck(nn.Module):
 
 def checkpointed(block: InvertedBottleneck, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Run a block without keeping its activations; the backward pass computes them again."""
-    # Drop connect is drawn outside the block, so there is no random state to keep.
+    # Drop connect is drawn outside the block, so there is no random state to keep. Batch norms must not count the same
+    # images a second time.
     return checkpoint(
         block,
         x,
         scale,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(block)),
+        context_fn=lambda: (contextlib.nullcontext(), running_statistics_kept(block)),
     )
-
-
-@contextlib.contextmanager
-def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
-    """While a block is recomputed: its batch norms must not count the same images a second time."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    states = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = torch.empty_like(norm.num_batches_tracked)
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, states):
-            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
@@ -66,3 +68,19 @@ def set_batch_norm_constants(module: nn.Module, *, eps: float, momentum: float) 
             layer.eps = eps
         if isinstance(layer, _BatchNorm):
             layer.momentum = momentum
+
+
+@contextlib.contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode use the statistics of their input as ever, but keep none for evaluation."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    states = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = torch.empty_like(norm.num_batches_tracked)
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, states):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

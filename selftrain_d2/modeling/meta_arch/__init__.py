@@ -6,11 +6,13 @@ from selftrain_d2.modeling.meta_arch.by_source import (
     SelfTrainingPanopticFPN,
     SelfTrainingSemanticSegmentor,
 )
+from selftrain_d2.modeling.meta_arch.classification import ClassificationHead, add_classification_head
 from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource, SelfTrainingFCOS
 from selftrain_d2.modeling.meta_arch.retinanet import SelfTrainingRetinaNet
 from selftrain_d2.modeling.meta_arch.segmentation import SelfTrainingSegmentor, SemSegPyramidSumHead
 
 __all__ = [
+    "ClassificationHead",
     "DenseLossesBySource",
     "LossesBySource",
     "SelfTrainingFCOS",
@@ -20,4 +22,5 @@ __all__ = [
     "SelfTrainingSegmentor",
     "SelfTrainingSemanticSegmentor",
     "SemSegPyramidSumHead",
+    "add_classification_head",
 ]

@@ -6,30 +6,42 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, SemanticSegmentor
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from selftrain_d2.modeling.meta_arch.classification import (
+    CLASSIFICATION,
+    ClassificationHead,
+    bottom_up_features,
+    without_classification,
+)
+
 #: The two sources of labels, in the order of every pair in this package.
 LABEL_SOURCES = ("human", "pseudo")
 
 
+#: Kinds of labels that are counted. Those of an image are its number of boxes, and the share of its pixels that is
+#: not ignored, in [0, 1].
+LABEL_KINDS = ("boxes", "pixels")
+
+
 @dataclass
 class LabelCounts:
-    """What a step's images of one source are labeled with."""
+    """How much a step's images of one source are labeled with labels of one kind."""
 
     images: int = 0
-    boxes: int = 0
-    #: images without a box
+    labels: float = 0
+    #: images without any
     empty: int = 0
 
-    def add(self, sample: dict) -> None:
-        """Count one sample of a batch."""
-        boxes = len(sample["instances"])
+    def add(self, labels: float) -> None:
+        """Count one image."""
         self.images += 1
-        self.boxes += boxes
-        self.empty += not boxes
+        self.labels += labels
+        self.empty += not labels
 
 
 class LossesBySource:
@@ -40,6 +52,9 @@ class LossesBySource:
     mode sees the sources one after the other (R-CNNs have it frozen by default, where that makes no
     difference). Dense detectors pass both at once, as the paper does: see
     :class:`~selftrain_d2.modeling.meta_arch.dense.DenseLossesBySource`.
+
+    Images with ``label_source`` "classification" (joint training) pass through the backbone alone, below its pyramid,
+    and the ``classification_head``.
 
     Names of parameters are those of the plain architecture, so its weights fit as they are. For one of your
     own::
@@ -53,34 +68,52 @@ class LossesBySource:
             :class:`~selftrain_d2.engine.LossNormalizer` sets them before every step.
         raw_losses: the last step's unweighted loss of each source, a scalar tensor, or None where the
             batch had no image of that source.
-        label_counts: what the last step's images of each source were labeled with (boxes; nothing is counted
-            where samples have no ``instances``).
+        label_counts: by a name of LABEL_KINDS and a source, how much the last step's images were labeled with:
+            boxes where samples have ``instances``, pixels where they have ``sem_seg``.
+        classification_head: None without joint training; see :func:`~.classification.add_classification_head`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss_weights: tuple[float, float] = (1.0, 1.0)
         self.raw_losses: dict[str, Tensor | None] = dict.fromkeys(LABEL_SOURCES)
-        self.label_counts = {source: LabelCounts() for source in LABEL_SOURCES}
+        self.label_counts = no_labels()
+        self.classification_head: ClassificationHead | None = None
         # raw losses of each forward pass, inside `one_step`
         self._passes: list[dict[str, Tensor | None]] | None = None
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """As the architecture's own. In training each input dict has a ``label_source``, "human" (the
-        default) or "pseudo".
+        default), "pseudo", or "classification" (``image``, of one size, and ``class_id`` alone).
 
         Returns:
-            In training, the architecture's losses: as they are for a batch without pseudo labels; else with
-            ``_human`` or ``_pseudo`` after their names, each times its source's weight.
+            In training, the losses of :meth:`losses_by_source`: as they are for a batch without pseudo labels;
+            else with ``_human`` or ``_pseudo`` after their names, each times its source's weight. With
+            classification images also ``loss_classification``, times its weight.
         """
         if not self.training:
             return super().forward(batched_inputs)
-        self._count_labels(batched_inputs)
+        labeled = without_classification(batched_inputs)
+        self._count_labels(labeled)
+        losses = self.weighted(self.losses_by_source(labeled))
+        if len(labeled) < len(batched_inputs):
+            losses.update(self._classification_losses(batched_inputs))
+        return losses
+
+    def losses_by_source(self, batched_inputs: list[dict]) -> dict[str, dict[str, Tensor]]:
+        """The architecture's unweighted losses by name, of each source that a training batch has."""
         losses = {}
         for source, index in by_source(batched_inputs).items():
             with get_event_storage().name_scope(source):
                 losses[source] = super().forward([batched_inputs[i] for i in index])
-        return self.weighted(losses)
+        return losses
+
+    def _classification_losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        samples = [x for x in batched_inputs if x.get("label_source") == CLASSIFICATION]
+        images = torch.stack([x["image"].to(self.device) for x in samples])
+        features = bottom_up_features(self.backbone, (images - self.pixel_mean) / self.pixel_std)
+        class_ids = torch.tensor([x["class_id"] for x in samples], device=self.device)
+        return self.classification_head.losses(features, class_ids)
 
     def weighted(self, losses: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """Remember the raw losses, and give the losses that ``forward`` returns.
@@ -105,10 +138,14 @@ class LossesBySource:
 
     def _count_labels(self, batched_inputs: Sequence[dict]) -> None:
         if not self._passes:  # the first or only pass of a step
-            self.label_counts = {source: LabelCounts() for source in LABEL_SOURCES}
+            self.label_counts = no_labels()
+        ignored = getattr(getattr(self, "sem_seg_head", None), "ignore_value", 255)
         for sample in batched_inputs:
+            source = sample.get("label_source", "human")
             if "instances" in sample:
-                self.label_counts[sample.get("label_source", "human")].add(sample)
+                self.label_counts["boxes"][source].add(len(sample["instances"]))
+            if "sem_seg" in sample:
+                self.label_counts["pixels"][source].add((sample["sem_seg"] != ignored).float().mean().item())
 
     @contextlib.contextmanager
     def one_step(self, batches: Sequence[list[dict]]) -> Iterator[None]:
@@ -129,12 +166,17 @@ class LossesBySource:
         }
 
 
+def no_labels() -> dict[str, dict[str, LabelCounts]]:
+    """Counts of 0, by kind and source."""
+    return {kind: {source: LabelCounts() for source in LABEL_SOURCES} for kind in LABEL_KINDS}
+
+
 def by_source(batched_inputs: Sequence[dict]) -> dict[str, list[int]]:
-    """Positions in a batch of the images of each source that it has, human first."""
+    """Positions in a batch of the images of each source that it has: human, pseudo, classification."""
     sources = [sample.get("label_source", "human") for sample in batched_inputs]
     return {
         source: [i for i, s in enumerate(sources) if s == source]
-        for source in LABEL_SOURCES
+        for source in (*LABEL_SOURCES, CLASSIFICATION)
         if source in sources
     }
 

@@ -13,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, LossesBySource, by_source
+from selftrain_d2.modeling.meta_arch.classification import without_classification
 
 
 class DenseLossesBySource(LossesBySource):
@@ -40,23 +41,12 @@ class DenseLossesBySource(LossesBySource):
         self._sources: dict[str, list[int]] = {}
         self._source = ""
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """As ``DenseDetector.forward``. In training each input dict has a ``label_source``, "human" (the
-        default) or "pseudo".
-
-        Returns:
-            In training, the detector's losses, scalar tensors: as they are for a batch without pseudo labels;
-            else with ``_human`` or ``_pseudo`` after their names, each times its source's weight.
-        """
-        if not self.training:
-            return super(LossesBySource, self).forward(batched_inputs)
-        self._count_labels(batched_inputs)
+    def losses_by_source(self, batched_inputs: list[dict]) -> dict[str, dict[str, Tensor]]:
+        """As in ``LossesBySource``, of one pass of ``DenseDetector.forward``: `forward_training` splits it."""
         self._sources = by_source(batched_inputs)
         if self._passes is None:
             self._positives, self._normalizers = {}, {}
-        # The pass that LossesBySource would make for each source: `forward_training` splits it.
-        losses = super(LossesBySource, self).forward(batched_inputs)
-        return self.weighted(losses)
+        return super(LossesBySource, self).forward(batched_inputs)
 
     def forward_training(
         self,
@@ -107,7 +97,7 @@ class DenseLossesBySource(LossesBySource):
         are counted in advance."""
         self._normalizers = {}
         counts = torch.zeros(len(LABEL_SOURCES), device=self.device)
-        for batch in batches:
+        for batch in map(without_classification, batches):
             anchors = self._anchors_of(batch)
             for number, source in enumerate(LABEL_SOURCES):
                 instances = [

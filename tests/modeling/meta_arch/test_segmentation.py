@@ -320,3 +320,20 @@ def test_it_learns_two_pictures_and_is_evaluated(tmp_path):
     result = evaluator.evaluate()["sem_seg"]
     assert result["mIoU"] > 85
     assert {"IoU-a", "IoU-b", "IoU-c"} <= result.keys()
+
+
+def test_labels_are_counted_by_source():
+    cfg = make_config()
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 200
+    model = build_model(cfg)
+    batch = make_batch(["human", "pseudo", "pseudo"])
+    for sample in batch:
+        sample["sem_seg"] = torch.zeros_like(sample["sem_seg"])
+    batch[1]["sem_seg"][:14] = 200  # 14 of 56 rows
+    batch[2]["sem_seg"][:] = 200
+    with EventStorage():
+        model.train()(batch)
+    human, pseudo = (model.label_counts["pixels"][source] for source in ("human", "pseudo"))
+    assert (human.images, human.labels, human.empty) == (1, 1.0, 0)
+    assert (pseudo.images, pseudo.labels, pseudo.empty) == (2, 0.75, 1)
+    assert model.label_counts["boxes"]["pseudo"].images == 0
