@@ -23,7 +23,7 @@ from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.image_sources import absolute_root, check_distinct
 from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
 from selftrain_d2.data.pseudo_labels.shards import BOXES
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
@@ -54,7 +54,7 @@ def generate_pseudo_labels(
         image_root: folder of the images, or the root that ``selftrain_d2.data.image_sources`` gives.
         file_names: the images, relative to ``image_root``. Those that cannot be read are written down as
             skipped, with the reason.
-        output: the pseudo-label folder (see ``selftrain_d2.data.pseudo_labels.store``).
+        output: the pseudo-label folder (see ``selftrain_d2.data.pseudo_labels.writer``).
         score_floor: boxes and pixels with a lower score are not written. The threshold for training comes
             later, when the labels are loaded.
         batch_size: images per forward pass. Images of different shapes never share one: padding would
@@ -70,12 +70,7 @@ def generate_pseudo_labels(
         InputError: no weights, or not those of the whole model; unknown classes; an image listed twice; a teacher
             that makes no boxes; ``output`` holds pseudo labels of another teacher, other images or another floor.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS is empty: give the trained teacher.")
-    if not 0 <= score_floor < 1:
-        raise InputError(f"The score floor must be in [0, 1), not {score_floor}.")
-    if batch_size < 1:
-        raise InputError(f"The batch size must be at least 1, not {batch_size}.")
+    check_labeling(cfg, score_floor, batch_size)
     check_distinct(file_names, "The list of images")
     start = time.perf_counter()
     cfg = cfg.clone()
@@ -179,6 +174,20 @@ def teacher_config_sha256(cfg: CfgNode) -> str:
         cfg.SELFTRAIN.TTA.dump(),
     ]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def check_labeling(cfg: CfgNode, score_floor: float, batch_size: int) -> None:
+    """Check what needs neither images nor weights; see :func:`generate_pseudo_labels`.
+
+    Raises:
+        InputError: no weights are named, or a number is out of range.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise InputError("MODEL.WEIGHTS is empty: give the trained teacher.")
+    if not 0 <= score_floor < 1:
+        raise InputError(f"The score floor must be in [0, 1), not {score_floor}.")
+    if batch_size < 1:
+        raise InputError(f"The batch size must be at least 1, not {batch_size}.")
 
 
 def _class_names(cfg: CfgNode, given: Sequence[str] | None, checkpoint: dict[str, Any]) -> list[str]:

@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 from selftrain_d2 import InputError, SelfTrainingDatasetMapper, generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.data.datasets import list_images
 from selftrain_d2.data.mapper import read_image
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
-from selftrain_d2.data.pseudo_labels.store import read_manifest
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def photos(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", 4)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 4)
 
 
 def _generate(teacher, photos, output, **arguments):
@@ -113,14 +113,14 @@ def test_batch_size_changes_nothing(teacher, photos, tmp_path):
 def test_stopped_and_started_again(teacher, photos, tmp_path, monkeypatch):
     """Stopped after each shard in turn: the result is that of an undisturbed run."""
     _generate(teacher, photos, tmp_path / "undisturbed")
-    write, written = pseudo_label_store.PseudoLabelWriter.write_shard, []
+    write, written = pseudo_label_writer.PseudoLabelWriter.write_shard, []
 
     def write_one_then_stop(self, shard, rows):
         write(self, shard, rows)
         written.append(shard)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pseudo_label_store.PseudoLabelWriter, "write_shard", write_one_then_stop)
+    monkeypatch.setattr(pseudo_label_writer.PseudoLabelWriter, "write_shard", write_one_then_stop)
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             _generate(teacher, photos, tmp_path / "stopped")

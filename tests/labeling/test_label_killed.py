@@ -17,8 +17,8 @@ from detectron2.modeling import build_model
 
 from selftrain_d2 import load_pseudo_labels
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
-from selftrain_d2.data.pseudo_labels.store import read_manifest
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 
 IMAGES = 160
 SHARD = 4
@@ -26,9 +26,9 @@ SHARD = 4
 PROGRAM = f"""
 import sys, torch
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
 torch.set_num_threads(1)
-pseudo_label_store.SHARD_SIZE = {SHARD}
+pseudo_label_writer.SHARD_SIZE = {SHARD}
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -64,7 +64,7 @@ def _arguments(folder, output, *options, weights="teacher.pth"):
 @pytest.fixture
 def label_here(folder, monkeypatch):
     """The command in this process, undisturbed."""
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", SHARD)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", SHARD)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # rounding depends on it
     yield lambda *arguments, **keywords: main(_arguments(folder, *arguments, **keywords))
@@ -163,7 +163,7 @@ def test_another_teacher_may_not_go_on(folder, label_here, capsys):
 def test_two_processes_share_the_work(folder, label_here, monkeypatch, capsys):
     """Processes that start anew have shards of the usual size: here two, one each."""
     size = 256
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", size)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", size)
     for i in range(IMAGES, size + 20):
         os.link(folder / "photos" / f"{i - IMAGES:03d}.png", folder / "photos" / f"{i:03d}.png")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from selftrain_d2 import generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.data.image_sources import images_of_archives, list_images
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
 from selftrain_d2.labeling.inference import ImageReader
 
 RNG = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def teacher(small_config, tmp_path):
 
 @pytest.mark.parametrize("archive", [False, True])
 def test_labeled_and_empty_and_skipped_are_all_that_was_listed(teacher, tmp_path, bomb, archive, monkeypatch):
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", 7)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 7)
     folder = tmp_path / "photos"
     folder.mkdir()
     files = {**READ, **SKIPPED, "bomb.png": bomb}

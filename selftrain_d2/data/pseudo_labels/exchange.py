@@ -19,14 +19,12 @@ import pycocotools.mask as mask_util
 
 from selftrain_d2.data.datasets import check_coco_json, coco_class_names
 from selftrain_d2.data.image_sources import absolute_root
+from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import ScoreThreshold
-from selftrain_d2.data.pseudo_labels.store import (
-    PseudoLabelDataset,
-    PseudoLabelWriter,
-    load_pseudo_labels,
-    make_row,
-    read_manifest_of_boxes,
-)
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import whole_file
 
@@ -141,7 +139,7 @@ def import_coco(
         InputError: see ``check_coco_json``; a category that is not in ``thing_classes``; a score that is no number
             from 0 to 1; a mask for some boxes alone; ``folder`` holds other pseudo labels.
     """
-    coco = check_coco_json(json_file, image_root)
+    coco = check_coco_json(json_file, image_root, allow_flat=False)
     names = list(coco_class_names(coco) if thing_classes is None else thing_classes)
     identity = {
         "thing_classes": names,

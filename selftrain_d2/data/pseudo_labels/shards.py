@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,11 @@ def read_shard(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise InputError(f"{file} is damaged: its SHA-256 is not the one in its name; {_ADVICE}.")
     # One thread: the shards are small.
     return pq.ParquetFile(pa.BufferReader(content)).read(columns and list(columns), use_threads=False)
+
+
+def read_shards(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """:func:`read_shard` of one file after the other: one shard is in memory at a time."""
+    return (read_shard(file, columns) for file in files)
 
 
 def is_intact(file: Path) -> bool:

@@ -17,12 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from selftrain_d2.data.pseudo_labels.store import (
-    PseudoLabelWriter,
-    load_pseudo_labels,
-    make_row,
-    verify_pseudo_labels,
-)
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels, verify_pseudo_labels
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.experiments.benchmarks.timing import markdown_table, spread, use_one_core
 
 IMAGES = 1_200_000  # ImageNet has 1.28 million

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels, read_manifest_of_boxes
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inspection.human_labels import HumanLabels, read_human_labels
 from selftrain_d2.labeling.inspection.statistics import (

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from selftrain_d2 import InputError, load_pseudo_labels
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
 from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 CLASSES = ["car", "dog", "tree"]
 SCORES = st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
@@ -111,7 +112,7 @@ def _expected(images, score_thresh, top_k=None):
 @given(st.lists(IMAGE, max_size=10), SELECTION, st.slices(10))
 def test_it_is_the_list_that_a_loop_makes(images, selection, part):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pseudo_label_store, "SHARD_SIZE", 3)
+        patched.setattr(pseudo_label_writer, "SHARD_SIZE", 3)
         _write(folder, images)
         labels = load_pseudo_labels(folder, **selection)
     expected = _expected(images, **selection)

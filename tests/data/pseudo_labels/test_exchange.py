@@ -15,7 +15,9 @@ from selftrain_d2 import InputError, load_pseudo_labels
 from selftrain_d2.cli import main
 from selftrain_d2.data.datasets import register_human_labels, unregister
 from selftrain_d2.data.pseudo_labels.exchange import export_coco, import_coco
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row, verify_pseudo_labels
+from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 CLASSES = ["tree", "car", "dog"]
 HEIGHT, WIDTH = 48, 64

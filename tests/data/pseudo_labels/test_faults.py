@@ -16,13 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from selftrain_d2 import InputError, load_pseudo_labels
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
-from selftrain_d2.data.pseudo_labels.store import (
-    PseudoLabelWriter,
-    make_row,
-    read_manifest,
-    verify_pseudo_labels,
-)
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 IDENTITY = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": "/photos"}
 NAMES = [f"{i:02d}.jpg" for i in range(22)]
@@ -31,7 +29,7 @@ SHARDS = 6
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", 4)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 4)
 
 
 def _row(name):

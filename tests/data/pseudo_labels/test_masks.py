@@ -20,7 +20,8 @@ from selftrain_d2 import (
     register_pseudo_labels,
     register_segmentation_folder,
 )
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest, read_manifest_of_boxes
 from selftrain_d2.data.pseudo_labels.masks import (
     PixelLabels,
     least_percents,
@@ -29,12 +30,8 @@ from selftrain_d2.data.pseudo_labels.masks import (
     read_mask,
     write_mask,
 )
-from selftrain_d2.data.pseudo_labels.store import (
-    PseudoLabelWriter,
-    read_manifest,
-    read_manifest_of_boxes,
-    verify_pseudo_labels,
-)
+from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 CLASSES = ["sky", "tree", "road"]
 NAMES = ["a.jpg", "a.png", "deep/b.jpg", "broken.jpg", "c.jpg"]  # two images of one stem
@@ -43,7 +40,7 @@ IDENTITY = {"stuff_classes": CLASSES, "score_floor": 0.05, "image_root": "/photo
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", 2)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 2)
 
 
 def _labels(name):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.labeling.inspection import inspect as inspection
 from selftrain_d2.labeling.inspection.checks import find_warnings
 from selftrain_d2.labeling.inspection.inspect import group_reasons, inspect_labels

@@ -19,8 +19,9 @@ from detectron2.config import get_cfg
 
 from selftrain_d2 import add_selftrain_config
 from selftrain_d2.cli import main
-from selftrain_d2.cli.common import merge_options
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.engine.config_values import merge_options
 from selftrain_d2.labeling.inspection import report
 from selftrain_d2.labeling.inspection.inspect import inspect_labels
 from selftrain_d2.labeling.inspection.report import write_report

@@ -1,52 +1,27 @@
-import json
-
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from numbered_images import IDENTITY, NAMES, numbered_row, write_numbered
 
 from selftrain_d2 import InputError, load_pseudo_labels, register_pseudo_labels
-from selftrain_d2.data.pseudo_labels import store as pseudo_label_store
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row, read_manifest
-
-IDENTITY = {
-    "thing_classes": ["red", "green"],
-    "teacher_weights_sha256": "a" * 64,
-    "score_floor": 0.05,
-    "image_root": "/photos",
-}
-NAMES = [f"{i:02d}.jpg" for i in range(10)]
+from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(pseudo_label_store, "SHARD_SIZE", 4)
-
-
-def _row(name):
-    """Image i has i boxes; image 3 cannot be read."""
-    i = int(name[:2])
-    if i == 3:
-        return make_row(name, skipped="OSError: broken")
-    rng = np.random.default_rng(i)
-    boxes = rng.uniform(0, 50, (i, 4)).astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    return make_row(name, 100, 120, boxes, rng.uniform(0.05, 1, i), rng.integers(0, 2, i))
-
-
-def _write(folder, shards=None):
-    writer = PseudoLabelWriter(folder, IDENTITY, NAMES)
-    for shard in writer.missing_shards() if shards is None else shards:
-        writer.write_shard(shard, [_row(NAMES[i]) for i in writer.shard_range(shard)])
-    return writer
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 4)
 
 
 def test_what_is_written_is_read(tmp_path):
-    manifest = _write(tmp_path / "labels").finish(date="today")
+    manifest = write_numbered(tmp_path / "labels").finish(date="today")
     dicts = load_pseudo_labels(tmp_path / "labels", 0.05)
     assert [d["image_id"] for d in dicts] == [n for n in NAMES if n != "03.jpg"]
     for d in dicts:
-        expected = _row(d["image_id"])
+        expected = numbered_row(d["image_id"])
         assert d["file_name"] == f"/photos/{d['image_id']}" and d["label_source"] == "pseudo"
         assert (d["height"], d["width"]) == (100, 120)
         boxes = np.array([a["bbox"] for a in d["annotations"]]).reshape(-1)
@@ -59,10 +34,10 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_the_threshold_applies_at_load(tmp_path):
-    _write(tmp_path).finish()
+    write_numbered(tmp_path).finish()
     for threshold in (0.05, 0.3, 0.7, 1.0):
         kept = [a["score"] for d in load_pseudo_labels(tmp_path, threshold) for a in d["annotations"]]
-        everything = np.concatenate([_row(n)["scores"] for n in NAMES if n != "03.jpg"])
+        everything = np.concatenate([numbered_row(n)["scores"] for n in NAMES if n != "03.jpg"])
         assert sorted(kept) == sorted(everything[everything >= np.float32(threshold)].tolist())
         # Images that lose all their boxes stay.
         assert len(load_pseudo_labels(tmp_path, threshold)) == 9
@@ -78,45 +53,6 @@ def test_a_score_at_the_threshold_stays(tmp_path):
     assert len(load_pseudo_labels(tmp_path, 0.7)[0]["annotations"]) == 1
 
 
-def test_stopped_writing_goes_on_at_the_missing_shards(tmp_path):
-    _write(tmp_path / "undisturbed").finish()
-    _write(tmp_path / "stopped", shards=[0, 2])
-    with pytest.raises(InputError, match="not finished"):
-        load_pseudo_labels(tmp_path / "stopped")
-    with PseudoLabelWriter(tmp_path / "stopped", IDENTITY, NAMES) as writer:
-        assert writer.missing_shards() == [1] and not writer.finished
-    _write(tmp_path / "stopped").finish()
-    assert load_pseudo_labels(tmp_path / "stopped", 0.05) == load_pseudo_labels(
-        tmp_path / "undisturbed", 0.05
-    )
-
-
-def test_rows_of_another_shard_are_refused(tmp_path):
-    writer = PseudoLabelWriter(tmp_path, IDENTITY, NAMES)
-    with pytest.raises(ValueError, match="shard 1"):
-        writer.write_shard(1, [_row(NAMES[i]) for i in writer.shard_range(0)])
-    assert writer.missing_shards() == [0, 1, 2]
-
-
-def test_other_teacher_or_images_are_refused(tmp_path):
-    _write(tmp_path).finish()
-    # Both hashes, whole.
-    with pytest.raises(InputError, match=r"another teacher_weights_sha256: a{64} there, b{64} now"):
-        PseudoLabelWriter(tmp_path, {**IDENTITY, "teacher_weights_sha256": "b" * 64}, NAMES)
-    with pytest.raises(InputError, match="another listed: 10 there, 9 now"):
-        PseudoLabelWriter(tmp_path, IDENTITY, NAMES[:-1])
-    with pytest.raises(InputError, match=r"another file_list_sha256: [0-9a-f]{64} there, [0-9a-f]{64} now"):
-        PseudoLabelWriter(tmp_path, IDENTITY, NAMES[::-1])
-    PseudoLabelWriter(tmp_path, IDENTITY, NAMES)  # a refused writer does not hold the folder
-
-
-def test_a_folder_with_other_things_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="not empty"):
-        PseudoLabelWriter(tmp_path, IDENTITY, NAMES)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 def test_no_pseudo_labels_there(tmp_path):
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         register_pseudo_labels("pseudo", tmp_path)
@@ -126,7 +62,7 @@ def test_no_pseudo_labels_there(tmp_path):
 
 
 def test_registered_with_threshold_and_moved_images(tmp_path):
-    _write(tmp_path).finish()
+    write_numbered(tmp_path).finish()
     register_pseudo_labels("pseudo", tmp_path, score_thresh=0.6, image_root="/elsewhere")
     assert MetadataCatalog.get("pseudo").thing_classes == ["red", "green"]
     dicts = DatasetCatalog.get("pseudo")
@@ -134,18 +70,11 @@ def test_registered_with_threshold_and_moved_images(tmp_path):
     assert all(a["score"] >= 0.6 for d in dicts for a in d["annotations"])
 
 
-def test_nothing_is_left_half_written(tmp_path):
-    _write(tmp_path).finish()
-    assert json.loads((tmp_path / "manifest.json").read_text())["finished"]
-    names = sorted(p.name[:13] for p in tmp_path.rglob("*") if p.is_file())
-    assert names == [".lock", "manifest.json", "shard-000000-", "shard-000001-", "shard-000002-"]
-
-
 def test_registered_with_a_selection(tmp_path):
-    _write(tmp_path).finish()
+    write_numbered(tmp_path).finish()
     register_pseudo_labels("best", tmp_path, {"red": 0.05, "green": 0.6}, top_k=2)
     for d in DatasetCatalog.get("best"):
-        row = _row(d["image_id"])
+        row = numbered_row(d["image_id"])
         reached = row["scores"][row["scores"] >= np.where(row["category_ids"] == 0, 0.05, np.float32(0.6))]
         assert sorted(a["score"] for a in d["annotations"]) == sorted(reached.tolist())[-2:]
     register_pseudo_labels("as many", tmp_path, boxes_per_image=2.0)
