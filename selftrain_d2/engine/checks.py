@@ -1,0 +1,61 @@
+"""The checks of a training run that need neither images, nor weights, nor a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from selftrain_d2.data.loader import check_pseudo_classes, check_registered, check_sources
+from selftrain_d2.engine.trainer import (
+    SelfTrainingTrainer,
+    amp_precision,
+    build_loss_normalizer,
+    check_accumulation_steps,
+    check_number_of_classes,
+)
+from selftrain_d2.engine.weight_average import WeightAverage
+
+
+def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = ()) -> nn.Module:
+    """Make the checks of :class:`SelfTrainingTrainer` on a config, without its data.
+
+    Args:
+        cfg: a teacher's or a student's config; its datasets are registered.
+        processes: in how many it will run.
+        unread: datasets of which nothing but the name is known: their classes are not checked.
+
+    Returns:
+        The model, on the meta device (see :func:`build_without_memory`).
+
+    Raises:
+        InputError: as the trainer.
+    """
+    check_sources(cfg)
+    if cfg.DATASETS.TEST:
+        check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+    human = cfg.DATASETS.TRAIN[0]
+    if human not in unread:
+        check_pseudo_classes(human, [name for name in cfg.DATASETS.PSEUDO_TRAIN if name not in unread])
+        check_number_of_classes(cfg)
+    check_accumulation_steps(cfg, processes)
+    if cfg.SOLVER.AMP.ENABLED:
+        amp_precision(cfg)
+    build_loss_normalizer(cfg)
+    if cfg.SELFTRAIN.WEIGHT_EMA_DECAY:
+        WeightAverage(cfg.SELFTRAIN.WEIGHT_EMA_DECAY)
+    model = build_without_memory(cfg)
+    SelfTrainingTrainer.build_lr_scheduler(cfg, SelfTrainingTrainer.build_optimizer(cfg, model))
+    return model
+
+
+def build_without_memory(cfg: CfgNode) -> nn.Module:
+    """A config's model on the meta device: layers and shapes, but no values."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
