@@ -23,6 +23,7 @@ alphas share one teacher. See ``configs/grids`` for grids in use.
         command: train --resume ... MODEL.WEIGHTS {teacher}/model_final.pth {loss} OUTPUT_DIR {output} SEED {seed}
     exclude: [{loss: plain, seed: 2}, {step: student, seed: 1}]
     report: [...]                                    # see selftrain_d2.experiments.report.figure_spec
+    contrasts: [...]                                 # see selftrain_d2.experiments.report.contrasts
 
 A word that is nothing but ``{name}`` becomes all the words it stands for; inside a longer word it becomes the
 text of the value, which for an axis with words is the value's name. Other braces stay as they are.
@@ -57,7 +58,7 @@ Scalar = Union[str, int, float, bool]
 
 _ROOT = f"{{{DIR}}}"
 _VALUE = re.compile(r"[\w.+-]+")  # becomes part of a folder's name
-_GRID_KEYS = ("title", "program", "values", "axes", "include", "exclude", "steps", "report")
+_GRID_KEYS = ("title", "program", "values", "axes", "include", "exclude", "steps", "report", "contrasts")
 _STEP_KEYS = ("axes", "command", "seconds")
 
 
@@ -98,6 +99,8 @@ class Grid:
     cells: tuple[Cell, ...]
     #: The file's ``report`` section, unchecked.
     report: Any
+    #: The file's ``contrasts`` section, unchecked.
+    contrasts: Any
     #: The file's content, with changed values in place.
     source: Mapping[str, Any]
 
@@ -210,6 +213,7 @@ def parse_grid(content: Any, where: str, changed: Mapping[str, str] | None = Non
         axes={axis: tuple(values) for axis, values in axes.items()},
         cells=tuple(cells),
         report=content.get("report"),
+        contrasts=content.get("contrasts"),
         source=content,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from selftrain_d2.experiments.grid.cell_record import FAILED
+from selftrain_d2.experiments.report.contrasts import Answer, answer, contrasts_of
 from selftrain_d2.experiments.report.figure_spec import Figure, figures_of
 from selftrain_d2.experiments.report.figures import draw_figure
 from selftrain_d2.experiments.report.intervals import Interval, PairedTest
@@ -86,10 +87,11 @@ def write_report(experiments: Sequence[Experiment], output: Path) -> Path:
         InputError: a grid's report section has a fault. Nothing is written then.
     """
     planned = [_plan(experiment) for experiment in experiments]
+    answers = [[answer(contrast, e) for contrast in contrasts_of(e.grid)] for e in experiments]
     parts = []
-    for number, (experiment, figures) in enumerate(zip(experiments, planned)):
+    for number, experiment in enumerate(experiments):
         folder = output / FIGURES / (str(number + 1) if len(experiments) > 1 else "")
-        parts += _section(experiment, figures, folder)
+        parts += _section(experiment, answers[number], planned[number], folder)
     write_json(output / METRICS, [to_json(experiment) for experiment in experiments])
     write_text(output / MARKDOWN, to_markdown(parts, output))
     title = experiments[0].grid.title if len(experiments) == 1 else "Experiments"
@@ -108,8 +110,12 @@ def _plan(experiment: Experiment) -> list[_Planned]:
     return planned
 
 
-def _section(experiment: Experiment, figures: Sequence[_Planned], folder: Path) -> list[object]:
+def _section(
+    experiment: Experiment, answers: Sequence[Answer], figures: Sequence[_Planned], folder: Path
+) -> list[object]:
     parts: list[object] = [Heading(experiment.grid.title, 1), Paragraph(_facts(experiment))]
+    if answers:
+        parts += [Heading("Questions"), answer_table(answers)]
     for figure, lines, comparisons in figures:
         files = draw_figure(figure, lines, folder)
         parts += [
@@ -186,6 +192,22 @@ def difference_table(figure: Figure, comparisons: Sequence[Comparison]) -> Table
         f"Differences in {figure.label(figure.metric)} between runs that share all else "
         f"({', '.join(figure.repeats) or 'single runs'}): mean {PLUS_MINUS} half of the 95 % interval, and p of the "
         "two-sided paired t test, not corrected for the number of tests.",
+    )
+
+
+def answer_table(answers: Sequence[Answer]) -> Table:
+    """Contrasts with intervals and p values."""
+    rows = []
+    for found in answers:
+        runs = f"{found.runs}" if found.runs == found.planned else f"{found.runs} of {found.planned}"
+        metric = found.contrast.metric.rpartition("/")[2]
+        rows.append([found.contrast.name, found.contrast.title, metric, _test_text(found.test), runs])
+    return Table(
+        ["", "if above 0", "metric", "difference", "runs"],
+        rows,
+        f"Differences of runs that share a seed: mean {PLUS_MINUS} half of the 95 % interval (Student's t), and p of "
+        "the two-sided paired t test, not corrected for the number of tests.",
+        is_text=True,
     )
 
 
