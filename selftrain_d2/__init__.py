@@ -14,10 +14,11 @@ except ImportError as error:
 from selftrain_d2 import modeling  # noqa: F401  (registers backbones and meta architectures)
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations
+from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import register_image_folder, register_pseudo_labels
 from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
-from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine import LossNormalizer, SelfTrainingTrainer
 from selftrain_d2.errors import InputError
@@ -36,6 +37,7 @@ __all__ = [
     "build_selftrain_train_loader",
     "generate_pseudo_labels",
     "load_pseudo_labels",
+    "register_classification_folder",
     "register_image_folder",
     "register_pseudo_labels",
     "register_segmentation_folder",

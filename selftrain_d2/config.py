@@ -101,6 +101,12 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # As SAMPLER_TRAIN, for pseudo-labeled images: TrainingSampler, or RepeatFactorTrainingSampler, which repeats
     # images of rare classes (DATALOADER.REPEAT_THRESHOLD).
     cfg.DATALOADER.PSEUDO_SAMPLER_TRAIN = "TrainingSampler"
+    # Joint training (Table 7 of the paper): names of registered folders of images, one sub-folder a class. Empty: none.
+    cfg.DATASETS.CLASSIFICATION_TRAIN = ()
+    # Classification images per step over all processes, beside human- and pseudo-labeled ones.
+    cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH = 0
+    # Side of a classification image, in pixels; 224 is usual for ImageNet. 0: INPUT.AUGMENTATION.IMAGE_SIZE.
+    cfg.INPUT.CLASSIFICATION_IMAGE_SIZE = 0
 
     # ---- The training step ----------------------------------------------------------------------
     # Split the images of a step into so many parts that pass through the model one after the other, for a
@@ -121,6 +127,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.NORMALIZE_LOSS = True
     # Decay per step of the moving averages of both losses.
     cfg.SELFTRAIN.EMA_DECAY = 0.9997
+    # Joint training: w of L + w * classification loss, L being all that the keys above are about. The paper has 0.5
+    # without and 0.2 with self-training (Table 7).
+    cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT = 0.5
     # Pseudo boxes below this score are not trained on, pixels ignored. Applied when labels are loaded, not when
     # written.
     cfg.SELFTRAIN.SCORE_THRESH = 0.5
@@ -141,7 +150,7 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.TTA.FLIP = False
     # Label each image at these multiples of INPUT.AUGMENTATION.IMAGE_SIZE, and merge or average likewise.
     cfg.SELFTRAIN.TTA.SCALES = (1.0,)
-    # Warn while a smaller share of the pseudo-labeled images has a box.
+    # Warn while a smaller share of the pseudo-labeled images has a box, or of their pixels a class.
     cfg.SELFTRAIN.MIN_NONEMPTY_SHARE = 0.05
     # Warn while pseudo-labeled images have more than so many times the boxes of human-labeled ones, per image.
     cfg.SELFTRAIN.MAX_BOXES_RATIO = 4.0

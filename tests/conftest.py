@@ -18,7 +18,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from selftrain_d2 import add_selftrain_config
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 torch.set_num_threads(2)
 COLOURS = {"red": (40, 40, 220), "green": (40, 220, 40)}  # BGR, as OpenCV writes
@@ -65,6 +66,17 @@ def make_coco_set(folder: Path, number: int, seed: int, size: int = 96) -> CocoS
     json_file = folder / "labels.json"
     json_file.write_text(json.dumps(content))
     return CocoSet(str(json_file), str(folder / "images"), content)
+
+
+def make_class_folders(folder: Path, classes: tuple = ("bright", "dark", "noise"), number: int = 4) -> Path:
+    """A folder ``CLASS/0.png ...`` of images of different sizes."""
+    rng = np.random.default_rng(0)
+    for level, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(number):
+            pixels = rng.integers(80 * level, 80 * level + 60, (40 + 5 * i, 60, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / name / f"{i}.png"), pixels)
+    return folder
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The command line: ``selftrain-d2 COMMAND`` and the scripts in ``tools/``.
 
 A command is one module of this package with ``add_arguments(parser)``, ``run(args)`` and a docstring
-whose first line is its help text. ``COMMANDS`` names them all.
+whose first line is its help text. ``COMMANDS`` names them all. One that also has ``plan(args)`` takes ``--dry-run``,
+which prints that plan and does nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ COMMANDS = {
     "replay": "replay_batch",
     "plot-metrics": "plot_metrics",
     "convert": "convert_weights",
+    "pretrain-simclr": "pretrain_simclr",
     "splits": "make_splits",
     "prepare-neon-trees": "prepare_neon_trees",
     "prepare-aerial-digits": "prepare_aerial_digits",
+    "prepare-digit-classes": "prepare_digit_classes",
     "visualize-augmentations": "visualize_augmentations",
     "grid": "run_grid",
     "report": "report",
     "benchmark": "benchmark",
 }
+
+_DRY_RUN = (
+    "check all that can be checked without images, weights and GPU, say what would be done and which files are "
+    "missing, and do nothing"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    has_plan = hasattr(module, "plan")
+    if has_plan:
+        parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     args = parser.parse_args(rest)
     try:
-        module.run(args)
+        if has_plan and args.dry_run:
+            print(module.plan(args))
+        else:
+            module.run(args)
     except InputError as error:
         print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)
         return 2

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.augmentation import build_augmentations
+from selftrain_d2.engine.config_values import check_values, merge_options, one_line, value_of
 from selftrain_d2.engine.launch import Processes
 from selftrain_d2.errors import InputError
 
@@ -74,8 +74,8 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         InputError: the file is missing, not YAML, has unknown keys, or needs ``--allow-unsafe``; a pair
-            is incomplete, unknown or of the wrong type; the augmentation policy, the meta architecture or the
-            backbone is unknown.
+            is incomplete, unknown or of the wrong type; the augmentation policy is unknown, or a value is none that
+            its key can have.
     """
     cfg = get_cfg()
     add_selftrain_config(cfg)
@@ -88,18 +88,17 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
             "--allow-unsafe if you trust the file."
         ) from error
     except yaml.YAMLError as error:
-        raise InputError(f"Config {path} is not valid YAML: {_one_line(error)}.") from error
+        raise InputError(f"Config {path} is not valid YAML: {one_line(error)}.") from error
     except (KeyError, ValueError, AssertionError, FileNotFoundError, AttributeError) as error:
-        raise InputError(f"Config {path}: {_one_line(error)}.") from error
+        raise InputError(f"Config {path}: {one_line(error)}.") from error
+    for word in getattr(args, "classes", None) or ():
+        if "." in word and value_of(cfg, word) is not None:
+            raise InputError(
+                f"--classes took the config key {word} for a class: put another --argument, or --, after the names."
+            )
     merge_options(cfg, args.opts)
     build_augmentations(cfg, is_train=True)  # checks the policy and its keys
-    for key, name, registry in (
-        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
-        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
-    ):
-        if name not in registry:
-            known = ", ".join(sorted(known for known, _ in registry))
-            raise InputError(f"{key} is {name!r}, which is not known; known are {known}.")
+    check_values(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device: MODEL.DEVICE is cpu.")
         cfg.MODEL.DEVICE = "cpu"
@@ -107,41 +106,6 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
         logger.warning("Mixed precision needs a GPU: SOLVER.AMP.ENABLED is False.")
         cfg.SOLVER.AMP.ENABLED = False
     return cfg
-
-
-def merge_options(cfg: CfgNode, options: list[str]) -> None:
-    """Merge ``KEY VALUE`` pairs, in place.
-
-    Raises:
-        InputError: an odd number of words, an unknown key, or a value of the wrong type.
-    """
-    options = list(options[1:]) if options[:1] == ["--"] else list(options)
-    for word in options[::2]:
-        if str(word).startswith("-"):
-            raise InputError(f"{word} comes after KEY VALUE pairs: put all --arguments before them.")
-    if len(options) % 2:
-        raise InputError(f"KEY VALUE words come in pairs, but {options[-1]!r} stands alone.")
-    for key, value in zip(options[::2], options[1::2]):
-        try:
-            cfg.merge_from_list([key, _fit_float(cfg, key, value)])
-        except (
-            KeyError,
-            AssertionError,
-            AttributeError,
-            TypeError,
-        ):  # TypeError: a key below one that is no section
-            raise InputError(f"There is no config key {key!r}.") from None
-        except ValueError as error:
-            raise InputError(f"Config key {key}: {_one_line(error)}.") from error
-
-
-def _fit_float(cfg: CfgNode, key: str, value: str) -> str | float:
-    """A whole number for a key with a fraction (SELFTRAIN.ALPHA 1) as 1.0; yacs would refuse it."""
-    node: object = cfg
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
-    is_whole = isinstance(node, float) and str(value).lstrip("+-").isdecimal()
-    return float(value) if is_whole else value
 
 
 def find_config(name: str) -> Path:
@@ -161,8 +125,3 @@ def shipped_configs() -> list[str]:
     folder = next((f for f in _CONFIG_FOLDERS if f.is_dir()), None)
     names = [] if folder is None else sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
     return [name for name in names if not name.startswith("grids/")]
-
-
-def _one_line(error: Exception) -> str:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split()).rstrip(".")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from selftrain_d2.modeling.weight_conversion import FORMATS, INPUT_STATISTICS, RESNET_DEPTHS, convert_weights
+from selftrain_d2.cli.dry_run import Plan
+from selftrain_d2.modeling.weight_conversion import (
+    FORMATS,
+    INPUT_STATISTICS,
+    RESNET_DEPTHS,
+    check_conversion,
+    convert_weights,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read pickles that can run code; only from trusted sources",
     )
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """What :func:`run` would do."""
+    plan = Plan()
+    tensors = len(check_conversion(args.format, args.name, args.output))
+    plan.say("convert", f"{args.source} ({args.format}) to the {tensors} tensors of {args.name}")
+    if args.format != "efficientnet_lite":  # that may be the name of a package
+        plan.has(args.source)
+    plan.say("output", args.output)
+    return plan
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 
 from selftrain_d2.data.pseudo_labels.exchange import export_coco
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
 from selftrain_d2.data.pseudo_labels.selection import with_exceptions
-from selftrain_d2.data.pseudo_labels.store import read_manifest_of_boxes
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.errors import InputError
 

@@ -16,40 +16,18 @@ from detectron2.utils import comm
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
-from selftrain_d2.data.image_sources import (
-    ImageSource,
-    images_of_archives,
-    images_of_coco_json,
-    images_of_dataset,
-    images_of_folder,
-    images_of_list,
-)
+from selftrain_d2.cli.dry_run import Plan, files_of_dataset
+from selftrain_d2.cli.image_arguments import add_image_arguments, given_images, images_of
+from selftrain_d2.data.loader import check_registered
+from selftrain_d2.engine.checks import build_without_memory
 from selftrain_d2.engine.launch import run_in_processes
 from selftrain_d2.engine.logs import log_to_console
-from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.generate import generate_pseudo_labels
+from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this command."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", metavar="FOLDER", help="a folder of images, nested or not")
-    source.add_argument(
-        "--image-list", metavar="FILE", help="a text file of image paths, one a line; # begins a comment"
-    )
-    source.add_argument("--coco-json", metavar="JSON", help="the images of a COCO JSON, labeled or not")
-    source.add_argument(
-        "--archive",
-        nargs="+",
-        metavar="TAR",
-        help="uncompressed tar files (WebDataset shards), e.g. 'shard-{000..012}.tar'; before other --arguments",
-    )
-    source.add_argument("--dataset", metavar="NAME", help="a dataset that detectron2 ships")
-    parser.add_argument(
-        "--image-root",
-        metavar="FOLDER",
-        help="what paths in --image-list (default: the list's folder) and --coco-json are relative to",
-    )
+    add_image_arguments(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="the pseudo-label folder to write")
     parser.add_argument(
         "--score-floor",
@@ -76,26 +54,30 @@ def run(args: argparse.Namespace) -> None:
     log_to_console()
     cfg = setup_config(args)
     cfg.freeze()
-    image_root, file_names = _images(args)
+    image_root, file_names = images_of(args)
     run_in_processes(_label, processes_of(args), (cfg, image_root, file_names, args))
 
 
-def _images(args: argparse.Namespace) -> ImageSource:
-    if args.image_list is not None:
-        return images_of_list(args.image_list, args.image_root)
-    if args.coco_json is not None:
-        if args.image_root is None:
-            raise InputError(
-                "--coco-json needs --image-root, the folder that its file names are relative to."
-            )
-        return images_of_coco_json(args.coco_json, args.image_root)
-    if args.image_root is not None:
-        raise InputError("--image-root goes with --image-list and --coco-json alone: leave it out.")
-    if args.archive is not None:
-        return images_of_archives(args.archive)
-    if args.images is not None:
-        return images_of_folder(args.images)
-    return images_of_dataset(args.dataset)
+def plan(args: argparse.Namespace) -> Plan:
+    """What :func:`run` would do."""
+    cfg, plan = setup_config(args), Plan()
+    cfg.freeze()
+    check_labeling(cfg, args.score_floor, args.batch_size)
+    files = given = given_images(args)
+    if args.dataset is not None:
+        check_registered("--dataset", given)
+        files = files_of_dataset(args.dataset)
+    elif args.archive is not None:
+        files = []  # patterns: what matches none is a mistake
+    source = plan.read([*files, *filter(None, [args.image_root])], lambda: images_of(args))
+    number = "" if source is None else f", {len(source.file_names):,} images"
+    plan.say("config", args.config_file)
+    plan.model(cfg, build_without_memory(cfg))
+    plan.weights(cfg)
+    plan.say("label", f"{' '.join(given)}{number}, with scores of at least {args.score_floor:g}")
+    plan.processes(processes_of(args))
+    plan.say("output", args.output)
+    return plan
 
 
 def _label(cfg, image_root, file_names, args) -> None:

@@ -1,9 +1,10 @@
-"""Judge a folder of pseudo labels: one HTML page with counts, diagrams, images and recommended thresholds.
+"""Judge a folder of pseudo labels: a page with counts, diagrams and images; for boxes also recommended thresholds.
 
     selftrain-d2 inspect pseudo_labels --human-labels labeled.json --truth withheld.json
+    selftrain-d2 inspect pseudo_masks --truth withheld_masks
 
-The page needs nothing but a browser. --truth are human labels of (some of) the same images; --human-labels are those
-that the student will train on as well.
+The page on boxes, report.html, needs nothing but a browser; that on masks is report.md. --truth are human labels of
+(some of) the same images; --human-labels are those that the student will train on as well.
 """
 
 from __future__ import annotations
@@ -11,16 +12,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from selftrain_d2.data.pseudo_labels.manifest import kind_of, read_manifest
+from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inspection.inspect import inspect_labels
 from selftrain_d2.labeling.inspection.report import REPORT, config_words, write_report
+from selftrain_d2.labeling.mask_report import REPORT as MASK_REPORT
+from selftrain_d2.labeling.mask_report import write_mask_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this command."""
     parser.add_argument("folder", metavar="DIR", help="the pseudo-label folder")
-    parser.add_argument("--truth", metavar="JSON", help="COCO JSON of human labels of the same images")
     parser.add_argument(
-        "--human-labels", metavar="JSON", help="COCO JSON of the labeled set, to compare with"
+        "--truth",
+        metavar="JSON",
+        help="COCO JSON of human labels of the same images; of pseudo masks the folder of true ones, of all images",
+    )
+    parser.add_argument(
+        "--human-labels", metavar="JSON", help="COCO JSON of the labeled set, to compare with; boxes alone"
     )
     parser.add_argument(
         "--image-root", metavar="DIR", help="where the images are, if not where they were when labeled"
@@ -37,6 +46,25 @@ def run(args: argparse.Namespace) -> None:
     """Write the report, and say the most important of it."""
     folder = Path(args.folder)
     output = args.output or folder.resolve().with_name(f"{folder.resolve().name}_report")
+    reports = {"boxes": _report_boxes, "pixels": _report_masks}
+    reports[kind_of(read_manifest(folder)).name](args, folder, output)
+
+
+def _report_masks(args: argparse.Namespace, folder: Path, output: Path) -> None:
+    if args.human_labels is not None:
+        raise InputError("--human-labels compares boxes, but the pseudo labels are masks: leave it out.")
+    write_mask_report(
+        folder,
+        output,
+        score_thresh=args.score_thresh,
+        image_root=args.image_root,
+        truth_masks=args.truth,
+    )
+    print((output / MASK_REPORT).read_text(encoding="utf-8"))
+    print(output / MASK_REPORT)
+
+
+def _report_boxes(args: argparse.Namespace, folder: Path, output: Path) -> None:
     found = inspect_labels(
         folder,
         score_thresh=args.score_thresh,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selftrain_d2.data.splits import make_splits
+from selftrain_d2.cli.dry_run import Plan
+from selftrain_d2.data.splits import make_splits, parse_fractions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stratified", action="store_true", help="keep the shares of the classes, and show each class early"
     )
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """What :func:`run` would do."""
+    plan = Plan()
+    fractions = parse_fractions(args.fractions)
+    plan.say("split", f"{args.json}, seed {args.seed}{', stratified' if args.stratified else ''}")
+    plan.has(args.json)
+    plan.say("output", ", ".join(str(args.output / f"labeled_{name}.json") for name in fractions))
+    return plan
 
 
 def run(args: argparse.Namespace) -> None:

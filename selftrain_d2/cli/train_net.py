@@ -5,15 +5,32 @@ detectron2 ships, and those registered by the options below.
 
     selftrain-d2 train --config-file neon_trees/lite0_256.yaml \\
         --human-labels trees data/trees.json data/images DATASETS.TRAIN "('trees',)" OUTPUT_DIR output/teacher
+
+    selftrain-d2 train --config-file my_segmentor.yaml --classes background road tree \\
+        --human-masks streets photos masks DATASETS.TRAIN "('streets',)" OUTPUT_DIR output/teacher
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
-from selftrain_d2.engine.launch import evaluate, human_labels, pseudo_labels, train
+from selftrain_d2.cli.dry_run import NamedDataset, Plan
+from selftrain_d2.data.loader import check_registered
+from selftrain_d2.engine.checks import build_without_memory, check_training
+from selftrain_d2.engine.launch import (
+    classification_images,
+    evaluate,
+    human_labels,
+    human_masks,
+    pseudo_labels,
+    registered,
+    train,
+)
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.errors import InputError
 
@@ -29,6 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="register a COCO JSON and its image folder under a name; may be repeated",
     )
     parser.add_argument(
+        "--human-masks",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "IMAGES", "MASKS"),
+        help="register a folder of images and one of masks under a name: the mask of IMAGES/a/b.jpg is MASKS/a/b.png, "
+        "class ids from 0, 255 to ignore a pixel; may be repeated",
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="class names of --human-masks by id, the first that of 0; before another --argument",
+    )
+    parser.add_argument(
         "--pseudo-labels",
         nargs=2,
         action="append",
@@ -36,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "FOLDER"),
         help="register a pseudo-label folder under a name, with the boxes that SELFTRAIN.SCORE_THRESH, "
         "SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE select; may be repeated",
+    )
+    parser.add_argument(
+        "--classification-images",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "FOLDER"),
+        help="register a folder of images, one sub-folder a class, under a name, for DATASETS.CLASSIFICATION_TRAIN "
+        "(joint training); may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
@@ -46,13 +87,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, or evaluate."""
     log_to_console()
-    cfg = setup_config(args)
-    cfg.freeze()
-    datasets = [human_labels(*words) for words in args.human_labels]
-    datasets += [pseudo_labels(*words, cfg) for words in args.pseudo_labels]
+    cfg = _config(args)
+    datasets = [dataset.make(*dataset.arguments) for dataset in _datasets(args, cfg)]
     if args.eval_only:
-        if not cfg.DATASETS.TEST or not cfg.MODEL.WEIGHTS:
-            raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")
         evaluate(cfg, datasets, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
     else:
         train(cfg, datasets, resume=args.resume, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """What :func:`run` would do."""
+    cfg, plan = _config(args), Plan()
+    plan.say("config", args.config_file)
+    with registered(plan.datasets(_datasets(args, cfg))):
+        if args.eval_only:
+            check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+            plan.model(cfg, build_without_memory(cfg))
+        else:
+            plan.model(cfg, check_training(cfg, args.num_gpus * args.num_machines, plan.unread))
+            plan.sources(cfg)
+            plan.say(
+                "augmentation", f"{cfg.INPUT.AUGMENTATION.POLICY}, {cfg.INPUT.AUGMENTATION.IMAGE_SIZE} pixels"
+            )
+            plan.say("schedule", f"{cfg.SOLVER.MAX_ITER:,} steps, learning rate {cfg.SOLVER.BASE_LR:g}")
+        plan.weights(cfg, resumed=args.resume)
+        plan.catalog("evaluate on", cfg.DATASETS.TEST)
+        plan.processes(processes_of(args))
+        plan.say("output", cfg.OUTPUT_DIR)
+    return plan
+
+
+def _config(args: argparse.Namespace) -> CfgNode:
+    cfg = setup_config(args)
+    cfg.freeze()
+    if args.eval_only and not (cfg.DATASETS.TEST and cfg.MODEL.WEIGHTS):
+        raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")
+    return cfg
+
+
+def _datasets(args: argparse.Namespace, cfg: CfgNode) -> Iterator[NamedDataset]:
+    """Those to register for the run: each with the files it is read from, and what makes its DatasetSpec."""
+    for name, json_file, images in args.human_labels:
+        yield NamedDataset(name, (json_file, images), human_labels, (name, json_file, images))
+    if bool(args.human_masks) != bool(args.classes):
+        raise InputError(
+            "--human-masks and --classes belong together: the folders, and the names of the masks' class ids from 0."
+        )
+    for name, images, masks in args.human_masks:
+        yield NamedDataset(name, (images, masks), human_masks, (name, images, masks, args.classes))
+    for name, folder in args.pseudo_labels:
+        yield NamedDataset(name, (folder,), pseudo_labels, (name, folder, cfg))
+    for name, folder in args.classification_images:
+        yield NamedDataset(name, (folder,), classification_images, (name, folder))

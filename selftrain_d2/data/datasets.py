@@ -16,8 +16,9 @@ from PIL import Image
 
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.data.label_maps import VOID
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import ScoreThreshold, resolve_thresholds
-from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels, read_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
 
@@ -170,16 +171,21 @@ def coco_class_names(coco: dict[str, Any]) -> list[str]:
     return [c["name"] for c in sorted(coco["categories"], key=lambda c: c["id"])]
 
 
-def check_coco_json(json_file: str | os.PathLike, image_root: str | os.PathLike) -> dict[str, Any]:
+def check_coco_json(
+    json_file: str | os.PathLike, image_root: str | os.PathLike, *, allow_flat: bool = True
+) -> dict[str, Any]:
     """Read a COCO JSON of human labels and check all that would fail later, or train on nonsense.
+
+    Args:
+        allow_flat: only warn of boxes without width or height. Training drops them, and COCO's own train2017 has two.
 
     Returns:
         The parsed file.
 
     Raises:
         InputError: naming the file and the first offender: not JSON, no categories or images, an image file
-            that does not exist, an unknown category or image id, or a box that is NaN, of zero area, or
-            outside its image.
+            that does not exist, an unknown category or image id, or a box that is NaN, of negative size (without
+            ``allow_flat`` also of zero area), or outside its image.
     """
     path = Path(json_file)
     if not path.is_file():
@@ -195,7 +201,7 @@ def check_coco_json(json_file: str | os.PathLike, image_root: str | os.PathLike)
         if not isinstance(coco.get(key), list) or not coco[key]:
             raise InputError(f"{path} is not a COCO file to train or evaluate on: it has no {key!r}.")
     try:
-        _check_entries(path, coco, image_root)
+        _check_entries(path, coco, image_root, allow_flat)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a COCO file: an entry lacks or has the wrong kind of {error}."
@@ -203,7 +209,7 @@ def check_coco_json(json_file: str | os.PathLike, image_root: str | os.PathLike)
     return coco
 
 
-def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLike) -> None:
+def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLike, allow_flat: bool) -> None:
     _check_unique(path, "categories", coco["categories"])
     _check_unique(path, "images", coco["images"])
     names = [c["name"] for c in coco["categories"]]
@@ -218,6 +224,7 @@ def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLi
         )
     images = {image["id"]: image for image in coco["images"]}
     categories = {category["id"] for category in coco["categories"]}
+    flat = []
     for annotation in coco.get("annotations", []):
         where = f"{path}, annotation {annotation.get('id')}, image {annotation['image_id']}"
         if annotation["image_id"] not in images:
@@ -227,14 +234,23 @@ def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLi
         problem = _box_problem(annotation["bbox"], images[annotation["image_id"]])
         if problem:
             raise InputError(f"{where}: the box {annotation['bbox']} (x, y, width, height) {problem}.")
+        if 0 in annotation["bbox"][2:]:
+            if not allow_flat:
+                raise InputError(f"{where}: the box {annotation['bbox']} (x, y, width, height) has no area.")
+            flat.append(annotation)
+    if flat:
+        logger.warning(
+            f"{path}: {len(flat)} boxes without area will be left out in training, e.g. {flat[0]['bbox']} "
+            f"(x, y, width, height) of image {flat[0]['image_id']}."
+        )
 
 
 def _box_problem(box: Sequence[float], image: dict[str, Any]) -> str | None:
     if len(box) != 4 or not all(math.isfinite(v) for v in box):
         return "is not four finite numbers"
     x, y, width, height = box
-    if width <= 0 or height <= 0:
-        return "has no area"
+    if width < 0 or height < 0:
+        return "has a negative size"
     excess = max(-x, -y, x + width - image["width"], y + height - image["height"])
     if excess > _BORDER_TOLERANCE:
         return f"lies {excess:g} pixels outside its image of {image['width']} x {image['height']}"

@@ -73,16 +73,22 @@ def load_voc_2012(root: str | os.PathLike, split: str) -> list[dict[str, Any]]:
     )
 
 
-def voc_2012_root() -> Path:
-    """Where PASCAL VOC 2012 is: ``VOC2012`` or ``VOCdevkit/VOC2012`` below detectron2's folder of datasets.
+def voc_2012_places() -> list[Path]:
+    """Where PASCAL VOC 2012 may be: ``VOC2012`` or ``VOCdevkit/VOC2012`` below detectron2's folder of datasets.
 
     That is the environment variable DETECTRON2_DATASETS, or ``datasets`` in the working directory.
-
-    Raises:
-        InputError: neither is there.
     """
     datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    places = [datasets / "VOC2012", datasets / "VOCdevkit" / "VOC2012"]
+    return [datasets / "VOC2012", datasets / "VOCdevkit" / "VOC2012"]
+
+
+def voc_2012_root() -> Path:
+    """The first of :func:`voc_2012_places` that is there.
+
+    Raises:
+        InputError: none is.
+    """
+    places = voc_2012_places()
     for place in places:
         if place.is_dir():
             return place
@@ -125,12 +131,15 @@ def load_segmentation_folder(
 
     Raises:
         InputError: naming the first file: a folder or mask that is missing, an unreadable file, a mask of another
-            size than its image, a class id without a name, or two images of one mask.
+            size than its image, a class id without a name, or two images of one mask. Or two classes have one name.
     """
     if not Path(masks).is_dir():
         raise InputError(f"Mask folder {masks} does not exist or is not a folder.")
     if not 1 <= len(classes) <= VOID:
         raise InputError(f"{len(classes)} classes are named: masks can have 1 to {VOID}.")
+    if len(set(classes)) < len(classes):
+        repeated = next(name for i, name in enumerate(classes) if name in classes[:i])
+        raise InputError(f"The class {repeated!r} is named twice: each class id has a name of its own.")
     names = list_images(images) if names is None else names
     owner: dict[str, str] = {}
     for name in names:

@@ -21,11 +21,13 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessRaisedException
 
+from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
 from selftrain_d2.data.image_sources import absolute_root
 from selftrain_d2.data.loader import check_registered
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
-from selftrain_d2.data.pseudo_labels.store import read_manifest
+from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
@@ -57,10 +59,24 @@ def human_labels(name: str, json_file: str, image_root: str) -> DatasetSpec:
     return name, register_human_labels, (os.path.abspath(json_file), absolute_root(image_root))
 
 
+def human_masks(name: str, images: str, masks: str, classes: Sequence[str]) -> DatasetSpec:
+    """A folder of images and one of masks, for :func:`registered`."""
+    return (
+        name,
+        register_segmentation_folder,
+        (os.path.abspath(images), os.path.abspath(masks), tuple(classes)),
+    )
+
+
 def pseudo_labels(name: str, folder: str, cfg: CfgNode) -> DatasetSpec:
     """A pseudo-label folder, for :func:`registered`, with the boxes or pixels that SELFTRAIN.* selects."""
     selection = selection_from_config(cfg, class_names_of(read_manifest(folder)))
     return name, functools.partial(register_pseudo_labels, **selection), (os.path.abspath(folder),)
+
+
+def classification_images(name: str, folder: str) -> DatasetSpec:
+    """A folder of classes for joint training, for :func:`registered`."""
+    return name, register_classification_folder, (absolute_root(folder),)
 
 
 @contextlib.contextmanager

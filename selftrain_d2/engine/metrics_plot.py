@@ -56,6 +56,17 @@ PANELS = (
         False,
         {"human_empty_share": "human", "pseudo_empty_share": "pseudo"},
     ),
+    (
+        "Masks of the augmented images",
+        "share",
+        False,
+        {
+            "human_valid_pixel_share": "pixels not ignored, human",
+            "pseudo_valid_pixel_share": "pixels not ignored, pseudo",
+            "human_all_ignored_share": "images all ignored, human",
+            "pseudo_all_ignored_share": "images all ignored, pseudo",
+        },
+    ),
     ("Learning rate", "", False, {"lr": "learning rate"}),
     ("Speed", "images per second", False, {"images_per_second": "images per second"}),
     (

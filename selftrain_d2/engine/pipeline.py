@@ -14,7 +14,8 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from selftrain_d2.data.datasets import list_images
-from selftrain_d2.data.pseudo_labels.store import read_manifest
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.engine.config_values import check_values, merge_options
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,
@@ -100,6 +101,7 @@ def self_train(
     if rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {rounds}.")
     loop = _Loop(cfg, task, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
+    loop.control_config({"weights": ""})  # a mistake in SELFTRAIN.STUDENT is told now, not after the teacher
     start = time.perf_counter()
     teacher = loop.train("teacher", loop.teacher_config())
     stages = {"teacher": teacher}
@@ -164,7 +166,11 @@ class _Loop:
     def control_config(self, teacher: dict[str, Any]) -> CfgNode:
         """The student's schedule without pseudo labels."""
         cfg = self.teacher_config()
-        cfg.merge_from_list(list(cfg.SELFTRAIN.STUDENT))
+        try:
+            merge_options(cfg, cfg.SELFTRAIN.STUDENT)
+            check_values(cfg)
+        except InputError as error:
+            raise InputError(f"SELFTRAIN.STUDENT: {error}") from error
         start = cfg.SELFTRAIN.STUDENT_WEIGHTS
         cfg.MODEL.WEIGHTS = {"teacher": teacher["weights"], "random": ""}.get(start, start)
         return cfg

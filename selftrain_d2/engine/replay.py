@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.engine.resume import step_seed
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_WEIGHT, add_classification_head
 
 # What an image of a batch is saved with, besides its instances.
-_SAVED = ("file_name", "image_id", "height", "width", "label_source", "image", "sem_seg")
+_SAVED = ("file_name", "image_id", "height", "width", "label_source", "image", "sem_seg", "class_id")
 
 
 def save_batch(
@@ -88,7 +89,11 @@ def replay(file: str | os.PathLike, device: str | None = None) -> dict[str, Any]
         cfg.MODEL.DEVICE = device
     elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).train()
+    model = build_model(cfg)
+    if CLASSIFICATION_WEIGHT in content["model"]:
+        num_classes = len(content["model"][CLASSIFICATION_WEIGHT])
+        add_classification_head(model, num_classes, cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT)
+    model.train()
     model.load_state_dict(content["model"], strict=False)
     model.loss_weights = tuple(content["loss_weights"])
     model.positive_anchor_averages = content["positive_anchor_averages"]

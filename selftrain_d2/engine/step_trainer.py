@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selftrain_d2.engine.loss_normalizer import model_of
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source
+from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION, CLASSIFICATION_LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ class StepTrainer(SimpleTrainer):
         """Where and of which images, for a message."""
         raw = model_of(self).raw_losses
         sources = [s for s in LABEL_SOURCES if raw[s] is not None and not math.isfinite(raw[s].item())]
+        sources += [CLASSIFICATION] * (CLASSIFICATION_LOSS in wrong)
         files = [
             str(sample.get("file_name", "?"))
             for sample in batch

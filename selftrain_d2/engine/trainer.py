@@ -16,6 +16,7 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
+from selftrain_d2.data.classification import classification_classes
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader, check_registered
@@ -28,6 +29,7 @@ from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, check_input_statistics
+from selftrain_d2.modeling.meta_arch import add_classification_head
 
 #: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
 WEIGHT_AVERAGE = os.path.join("weight_average", "model_final.pth")
@@ -56,8 +58,9 @@ class SelfTrainingTrainer(DefaultTrainer):
 
     It differs in its loader (human and pseudo images), its :class:`LossNormalizer`, its step
     (:class:`StepTrainer`), its COCO evaluation, and in checkpoints that run no code. A resumed run goes on with
-    the images that it would have seen. With SELFTRAIN.WEIGHT_EMA_DECAY the averaged weights are evaluated, and
-    saved at the end as ``OUTPUT_DIR/weight_average/model_final.pth``.
+    the images that it would have seen. With DATASETS.CLASSIFICATION_TRAIN the model has a head for joint training.
+    With SELFTRAIN.WEIGHT_EMA_DECAY the averaged weights are evaluated, and saved at the end as
+    ``OUTPUT_DIR/weight_average/model_final.pth``.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_unsafe: bool = False):
@@ -70,6 +73,9 @@ class SelfTrainingTrainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        classes = classification_classes(cfg)
+        if classes:  # here, not in build_model: only training needs the head
+            add_classification_head(model, len(classes), cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
@@ -91,6 +97,7 @@ class SelfTrainingTrainer(DefaultTrainer):
         # A teacher knows what it detects, and how its images were normalized.
         self._facts = {
             "classes": CheckpointFacts({"thing_classes": list(class_names(cfg.DATASETS.TRAIN[0]) or [])}),
+            "classification": CheckpointFacts({"classification_classes": classes}),
             "input": CheckpointFacts(
                 {
                     "format": cfg.INPUT.FORMAT,
@@ -100,7 +107,11 @@ class SelfTrainingTrainer(DefaultTrainer):
             ),
         }
         self.checkpointer = SafeDetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, allow_unsafe=allow_unsafe, trainer=weakref.proxy(self), **self._facts
+            model,
+            cfg.OUTPUT_DIR,
+            allow_unsafe=allow_unsafe,
+            **self._facts,  # first: an optimizer of another model would fail with less to go by
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -202,16 +213,19 @@ def amp_precision(cfg: CfgNode) -> torch.dtype:
     return getattr(torch, cfg.SOLVER.AMP.PRECISION)
 
 
-def check_accumulation_steps(cfg: CfgNode) -> int:
+def check_accumulation_steps(cfg: CfgNode, processes: int | None = None) -> int:
     """SOLVER.ACCUMULATION_STEPS.
+
+    Args:
+        processes: of the run; by default those that run now.
 
     Raises:
         InputError: it is not positive, or the images of a step do not divide by it.
     """
-    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
+    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, processes or comm.get_world_size()
     if steps < 1:
         raise InputError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, not {steps}.")
-    for key in ("IMS_PER_BATCH", "PSEUDO_IMS_PER_BATCH"):
+    for key in ("IMS_PER_BATCH", "PSEUDO_IMS_PER_BATCH", "CLASSIFICATION_IMS_PER_BATCH"):
         images = cfg.SOLVER[key]
         if images % (steps * processes):
             raise InputError(
@@ -222,17 +236,23 @@ def check_accumulation_steps(cfg: CfgNode) -> int:
 
 
 def check_number_of_classes(cfg: CfgNode) -> None:
-    """Raise InputError unless the model has as many classes as the data."""
-    classes = class_names(cfg.DATASETS.TRAIN[0])
-    if classes is None:
+    """Raise InputError unless the model has as many classes as the data, of boxes or of pixels as it learns."""
+    name, architecture = cfg.DATASETS.TRAIN[0], cfg.MODEL.META_ARCHITECTURE
+    if class_names(name) is None:
         return
-    if "Segmentor" in cfg.MODEL.META_ARCHITECTURE:
+    of_pixels = "Segmentor" in architecture
+    classes = MetadataCatalog.get(name).get("stuff_classes" if of_pixels else "thing_classes")
+    if not classes:
+        learned, there = ("masks of pixels", "boxes") if of_pixels else ("boxes", "masks of pixels")
+        raise InputError(
+            f"{architecture} learns {learned}, but {name!r} has {there}: choose another MODEL.META_ARCHITECTURE or "
+            "DATASETS.TRAIN."
+        )
+    if of_pixels:
         key, number = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     elif "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         key, number = "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     else:
         key, number = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if number != len(classes):
-        raise InputError(
-            f"{key} is {number}, but {cfg.DATASETS.TRAIN[0]!r} has {len(classes)} classes: {classes}."
-        )
+        raise InputError(f"{key} is {number}, but {name!r} has {len(classes)} classes: {classes}.")

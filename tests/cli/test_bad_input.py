@@ -8,7 +8,8 @@ import torch
 from conftest import SMALL_MODEL, make_coco_set
 
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 CONFIG = "Base-RetinaNet-EfficientNet-FPN.yaml"
 
@@ -197,6 +198,43 @@ def test_labeling_without_weights_or_images(data, tmp_path, capsys):
         [*command, "--images", "/no", *SMALL_MODEL], capsys, "/no does not exist", output=tmp_path / "out"
     )
     _refused([*command, "--dataset", "nobody", *SMALL_MODEL], capsys, "'nobody'", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["train", "label", "self-train"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu': it must be cpu, cuda"),
+        (("SOLVER.LR_SCHEDULER_NAME", "Cosine"), "SOLVER.LR_SCHEDULER_NAME is 'Cosine'"),
+        (("SOLVER.CHECKPOINT_PERIOD", "0"), "SOLVER.CHECKPOINT_PERIOD is 0: it must be at least 1"),
+    ],
+)
+def test_values_that_cannot_be(data, tmp_path, capsys, command, words, message):
+    """The whole table: tests/engine/test_config_values.py."""
+    output = tmp_path / "output"
+    commands = {
+        "train": ["train", "--config-file", CONFIG, *SMALL_MODEL, "OUTPUT_DIR", str(output)],
+        "label": [
+            "label", "--config-file", CONFIG, "--images", data[1].images, "--output", str(output), *SMALL_MODEL,
+        ],
+        "self-train": _self_train(data, tmp_path),
+    }  # fmt: skip
+    _refused([*commands[command], *words], capsys, message, output=output)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("('SOLVER.MAX_ITER',)", "SELFTRAIN.STUDENT: KEY VALUE words come in pairs"),
+        ("('SOLVER.MAX_ITERS', 5)", "SELFTRAIN.STUDENT: There is no config key 'SOLVER.MAX_ITERS'"),
+        ("('SOLVER.MAX_ITER', 0)", "SELFTRAIN.STUDENT: SOLVER.MAX_ITER is 0"),
+    ],
+)
+def test_keys_of_the_student_are_checked_before_the_teacher_is_trained(
+    data, tmp_path, capsys, student, message
+):
+    command = _self_train(data, tmp_path, "SELFTRAIN.STUDENT", student)
+    _refused(command, capsys, message, output=tmp_path / "output")
 
 
 @pytest.mark.parametrize(

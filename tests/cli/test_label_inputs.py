@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from selftrain_d2 import load_pseudo_labels, register_image_folder
 from selftrain_d2.cli import main
 from selftrain_d2.data.mapper import read_image
-from selftrain_d2.data.pseudo_labels.store import read_manifest
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 
 
 @pytest.fixture

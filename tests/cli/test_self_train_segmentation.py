@@ -6,6 +6,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL_MODEL, make_coco_set
 from PIL import Image
 
@@ -155,10 +156,36 @@ def test_label_and_train_as_commands_of_their_own(data, tmp_path, capsys):
     assert len(ours) == 4
     for a, b in zip(ours, loops):
         np.testing.assert_array_equal(read_mask(a["sem_seg_file_name"]), read_mask(b["sem_seg_file_name"]))
+    # Training without the loop, on masks of people and of the teacher.
+    folders = [str(data["labeled"] / part) for part in ("images", "masks")]
+    train = [
+        "train", "--config-file", CONFIG, "--human-masks", "streets", *folders, "--classes", *CLASSES,
+        "--pseudo-labels", "pseudo", str(tmp_path / "labels"), *MODEL, *STEPS, *weights,
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "DATASETS.TRAIN", "('streets',)", "DATASETS.TEST", "('streets',)",
+        "DATASETS.PSEUDO_TRAIN", "('pseudo',)", "SOLVER.PSEUDO_IMS_PER_BATCH", "2",
+        "OUTPUT_DIR", str(tmp_path / "student"),
+    ]  # fmt: skip
+    assert main(train) == 0
+    results = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert {f"IoU-{name}" for name in CLASSES} <= results["sem_seg"].keys()
+    # Seeds, data and weights are those of the loop: so is the student.
+    ours, loops = (
+        torch.load(folder / "student" / "model_final.pth", weights_only=True)["model"]
+        for folder in (tmp_path, tmp_path / "output")
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in loops.items())
     capsys.readouterr()
-    for words in (["inspect"], ["export", str(tmp_path / "out.json")]):
-        assert main([words[0], str(tmp_path / "labels"), *words[1:]]) == 2
-        assert "are masks of pixels" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "labels"), str(tmp_path / "out.json")]) == 2
+    assert "are masks of pixels" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "labels"), "--truth", str(data["unlabeled"] / "masks")]) == 0
+    summary = json.loads((tmp_path / "output" / "summary.json").read_text())
+    found = json.loads((tmp_path / "labels_report" / "report.json").read_text())
+    known = {row["threshold"]: row for row in found["quality"]}
+    assert all(
+        known[row["threshold"]] == row for row in summary["pseudo_mask_quality"] if row["threshold"] != 0.34
+    )
+    assert main(["inspect", str(tmp_path / "labels"), "--human-labels", "labels.json"]) == 2
+    assert "--human-labels compares boxes" in capsys.readouterr().err
 
 
 def _refused(command, capsys, *fragments, output=None):
@@ -235,9 +262,48 @@ def test_classes(data, tmp_path, capsys):
     command, classes = _command(data, tmp_path), ["--classes", *CLASSES]
     assert command[1:5] == classes
     _refused(["self-train", *command[5:]], capsys, "--task segmentation needs --classes")
-    _refused(["self-train", "--classes", "a", "b", "a", *command[5:]], capsys, "--classes names 'a' twice")
+    _refused(["self-train", "--classes", "a", "b", "a", *command[5:]], capsys, "The class 'a' is named twice")
     _refused(["self-train", "--classes", "a", "b", *command[5:]], capsys, "class id 2, but only 2 classes")
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        ("--human-masks a IMAGES MASKS", ["--human-masks and --classes belong together"]),
+        ("--classes a b --resume", ["--human-masks and --classes belong together"]),
+        ("--classes a b a --human-masks a IMAGES MASKS", ["'a' is named twice"]),
+        ("--classes a b --human-masks a IMAGES MASKS", ["class id 2, but only 2 classes"]),
+        ("--classes a b c --human-masks a IMAGES none", ["Mask folder", "none does not exist"]),
+        ("--classes a b c d --human-masks a IMAGES MASKS", ["NUM_CLASSES is 3", "has 4 classes"]),
+        # The names go on into the keys.
+        ("--human-masks a IMAGES MASKS --classes a b c", ["--classes took the config key MODEL.DEVICE"]),
+    ],
+)
+def test_train_on_faulty_masks(data, tmp_path, capsys, words, fragments):
+    folders = {"IMAGES": str(data["labeled"] / "images"), "MASKS": str(data["labeled"] / "masks")}
+    command = ["train", "--config-file", CONFIG, *(folders.get(word, word) for word in words.split())]
+    keys = ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "()"]
+    _refused([*command, *MODEL, *keys, "OUTPUT_DIR", str(tmp_path / "output")], capsys, *fragments)
+    assert not list(tmp_path.glob("output/*.pth"))
+
+
+def test_masks_for_a_detector_and_boxes_for_a_segmentor(data, tmp_path, capsys):
+    masks = ["--human-masks", "a", *(str(data["labeled"] / part) for part in ("images", "masks"))]
+    keys = ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / "output")]
+    detector = "Base-RetinaNet-EfficientNet-FPN.yaml"
+    _refused(
+        ["train", "--classes", *CLASSES, "--config-file", detector, *masks, *SMALL_MODEL, *keys],
+        capsys,
+        "SelfTrainingRetinaNet learns boxes, but 'a' has masks of pixels",
+    )
+    coco = make_coco_set(tmp_path / "coco", 2, 0)
+    boxes = ["--human-labels", "a", coco.json_file, coco.images]
+    _refused(
+        ["train", "--config-file", CONFIG, *boxes, *MODEL, *keys],
+        capsys,
+        "SelfTrainingSegmentor learns masks of pixels, but 'a' has boxes",
+    )
 
 
 def test_a_segmentor_for_boxes(tmp_path, capsys):

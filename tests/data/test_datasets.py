@@ -1,4 +1,5 @@
 import json
+import logging
 
 import cv2
 import numpy as np
@@ -15,7 +16,9 @@ from selftrain_d2.data.datasets import (
     load_image_folder,
     read_image_size,
     register_human_labels,
+    unregister,
 )
+from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 
 
 def _image(path, height=20, width=30, **save):
@@ -104,7 +107,7 @@ def _set_box(box):
         (lambda c: c["annotations"][0].update(image_id=999), "no image has that id"),
         (lambda c: c["annotations"][0].update(category_id=7), "no category has the id 7"),
         (lambda c: c["annotations"][0].pop("bbox"), "'bbox'"),
-        (_set_box([0, 0, 0, 5]), "has no area"),
+        (_set_box([0, 0, -1, 5]), "has a negative size"),
         (_set_box([0, 0, 5, float("nan")]), "not four finite numbers"),
         (_set_box([90, 0, 16, 5]), "10 pixels outside its image of 96 x 96"),
         (_set_box([-3, 0, 16, 5]), "3 pixels outside"),
@@ -121,6 +124,24 @@ def test_faults_of_coco_files(coco_set, change, message):
 def test_boxes_on_the_border_are_fine(coco_set):
     _broken(coco_set, _set_box([0, 0, 96.4, 96]))
     check_coco_json(coco_set.json_file, coco_set.images)
+
+
+def test_boxes_without_area_are_told_and_never_trained_on(coco_set, small_config, caplog):
+    """COCO's own train2017 has two, in images 200365 and 550395."""
+    assert coco_set.content["annotations"][0]["image_id"] == 1
+    _broken(coco_set, _set_box([10, 20, 30, 0]))
+    with pytest.raises(InputError, match="has no area"):
+        check_coco_json(coco_set.json_file, coco_set.images, allow_flat=False)
+    caplog.set_level(logging.WARNING)
+    register_human_labels("with_flat_box", coco_set.json_file, coco_set.images)
+    try:
+        assert "1 boxes without area" in caplog.text and "[10, 20, 30, 0]" in caplog.text
+        first = next(d for d in DatasetCatalog.get("with_flat_box") if d["image_id"] == 1)
+        mapped = SelfTrainingDatasetMapper(small_config, is_train=True)({**first, "label_source": "human"})
+        assert len(mapped["instances"]) <= len(first["annotations"]) - 1
+        assert (mapped["instances"].gt_boxes.area() > 0).all()
+    finally:
+        unregister("with_flat_box")
 
 
 def test_not_json_and_not_there(tmp_path):

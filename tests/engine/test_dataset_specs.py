@@ -4,7 +4,8 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from selftrain_d2 import InputError
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.engine.launch import pseudo_labels, registered
 
 SCORES = [0.3, 0.5, 0.8, 0.9]

@@ -12,7 +12,8 @@ from conftest import SMALL_MODEL, make_coco_set
 from detectron2.utils import comm
 
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.engine.launch import Processes, run_in_processes
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
 from selftrain_d2.errors import InputError

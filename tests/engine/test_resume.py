@@ -13,7 +13,8 @@ import torch
 from conftest import SMALL_MODEL, make_coco_set
 
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 STEPS = 24
 

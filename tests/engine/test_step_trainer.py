@@ -64,7 +64,8 @@ def test_an_accumulated_step_is_the_step_of_the_whole_batch(small_config, normal
     for source in ("human", "pseudo"):
         torch.testing.assert_close(parts.model.raw_losses[source], whole.model.raw_losses[source])
     assert parts.model.label_counts == whole.model.label_counts
-    assert (whole.model.label_counts["human"].boxes, whole.model.label_counts["pseudo"].empty) == (3, 1)
+    boxes = whole.model.label_counts["boxes"]
+    assert (boxes["human"].labels, boxes["pseudo"].empty) == (3, 1)
     names = ("total_loss", "loss_cls_pseudo")
     for name in names:
         value, expected = (t.storage.history(name).latest() for t in (parts, whole))
@@ -110,7 +111,7 @@ def test_accumulation_by_config_key(student_config):
     student_config.SOLVER.MAX_ITER = 1
     trainer = SelfTrainingTrainer(student_config)
     trainer.train()
-    assert trainer.model.label_counts["human"].images == 2  # one image a pass
+    assert trainer.model.label_counts["boxes"]["human"].images == 2  # one image a pass
 
 
 def test_bfloat16(small_config):

@@ -7,7 +7,8 @@ from conftest import SMALL_MODEL
 from selftrain_d2 import LossNormalizer
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.datasets import register_human_labels
-from selftrain_d2.data.pseudo_labels.store import PseudoLabelWriter, make_row
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "add_to_your_project.py"
 

@@ -12,8 +12,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco_class_names, list_images
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
-from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels, read_manifest
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Task, is_segmentor
 from selftrain_d2.errors import InputError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from detectron2.config import CfgNode
 from selftrain_d2.data.datasets import list_images, load_image_folder
 from selftrain_d2.data.label_maps import VOID, read_label_map
 from selftrain_d2.data.pseudo_labels.masks import read_mask
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
-from selftrain_d2.data.pseudo_labels.store import load_pseudo_labels
-from selftrain_d2.data.segmentation_datasets import load_segmentation_folder, register_segmentation_folder
-from selftrain_d2.engine.launch import DatasetSpec
+from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
+from selftrain_d2.engine.launch import DatasetSpec, human_masks
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Task, is_segmentor
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.mask_quality import (
@@ -52,11 +51,6 @@ class Segmentation(Task):
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which is no segmentor: leave "
                 "--task segmentation out, or give a config like aerial_digits/segmentor_lite0_128.yaml."
             )
-        if len(set(classes)) < len(classes):
-            repeated = next(name for i, name in enumerate(classes) if name in classes[:i])
-            raise InputError(
-                f"--classes names {repeated!r} twice: each class of the masks has a name of its own."
-            )
         labeled = load_segmentation_folder(self.labeled_images, self.labeled_masks, classes)
         if not any((read_label_map(d["sem_seg_file_name"]) != VOID).any() for d in labeled):
             raise InputError(
@@ -74,14 +68,7 @@ class Segmentation(Task):
         folders = [(LABELED, self.labeled_images, self.labeled_masks)]
         if self.validation_masks:
             folders.append((VALIDATION, self.validation_images, self.validation_masks))
-        return [
-            (
-                name,
-                register_segmentation_folder,
-                (os.path.abspath(images), os.path.abspath(masks), self.classes),
-            )
-            for name, images, masks in folders
-        ]
+        return [human_masks(*folder, self.classes) for folder in folders]
 
     def fingerprint(self) -> dict[str, str]:
         digest = hashlib.sha256("\0".join(self.classes).encode())
