@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 torch.set_num_threads(2)
+# A shell starts what runs in the background with Ctrl-C ignored, and that would be inherited by what tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 COLOURS = {"red": (40, 40, 220), "green": (40, 220, 40)}  # BGR, as OpenCV writes
 
 

@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from selftrain_d2.errors import InputError
+from selftrain_d2.errors import InputError, message_in
 
 # Name on the command line -> module in this package. Imported only when called: a command starts fast.
 COMMANDS = {
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             module.run(args)
     except InputError as error:
-        print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)
+        message = message_in(str(error), InputError) or error
+        print(f"selftrain-d2 {name}: error: {message}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)

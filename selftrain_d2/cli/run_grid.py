@@ -30,6 +30,7 @@ from selftrain_d2.experiments.grid.definition import Grid, load_grid
 from selftrain_d2.experiments.grid.local_runner import Devices, LocalRunner
 from selftrain_d2.experiments.grid.runner import Runner, dry_run, locked, read_state, run_grid
 from selftrain_d2.experiments.grid.slurm_runner import SlurmRunner, submitted_jobs
+from selftrain_d2.experiments.report.contrasts import contrasts_of
 from selftrain_d2.experiments.report.figure_spec import figures_of
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     grid = load_grid(find_config(args.grid), _pairs(args.set, "--set"))
     _check_commands(grid)
     figures_of(grid)  # a mistake there is told now, not hours later
+    contrasts_of(grid)
     only: dict[str, list[str]] = defaultdict(list)
     for text in args.only:
         for axis, values in _pairs([text], "--only").items():

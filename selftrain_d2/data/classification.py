@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torchvision.transforms import v2
@@ -16,6 +15,7 @@ from torchvision.transforms import v2
 from selftrain_d2.data.datasets import _register, check_same_classes, read_image_size
 from selftrain_d2.data.image_sources import absolute_root, list_images
 from selftrain_d2.data.mapper import _UNREADABLE, image_to_tensor, read_image
+from selftrain_d2.data.random_state import torch_seeded_by_numpy
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,12 @@ def register_classification_folder(name: str, folder: str | os.PathLike) -> None
     """
     folder = absolute_root(folder)
     classes = list_classes(folder)
-    for class_name in classes:  # a mistake is told now
-        of_class = os.path.join(folder, class_name)
-        if not any(_is_readable(os.path.join(of_class, image)) for image in list_images(of_class)):
-            raise InputError(f"None of the images of class {class_name!r} in {of_class} can be read.")
-    _register(name, lambda: load_classification_folder(folder))
+    dicts = load_classification_folder(folder)
+    for class_id, of_class in itertools.groupby(dicts, key=lambda d: d["class_id"]):  # a mistake is told now
+        if not any(_is_readable(d["file_name"]) for d in of_class):
+            where = os.path.join(folder, classes[class_id])
+            raise InputError(f"None of the images of class {classes[class_id]!r} in {where} can be read.")
+    _register(name, lambda: dicts)
     MetadataCatalog.get(name).set(image_root=folder, evaluator_type="none", classification_classes=classes)
 
 
@@ -185,7 +186,5 @@ class ClassificationMapper:
             raise InputError(
                 f"Classification image {file_name} cannot be read ({error}); repair or remove it."
             ) from error
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would reset the random state of GPUs too.
-            torch.default_generator.manual_seed(int(np.random.randint(2**31)))
+        with torch_seeded_by_numpy():
             return {**dataset_dict, "image": self.transform(image)}

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from selftrain_d2.data.loader import SampleKey
 from selftrain_d2.data.mapper import read_image
+from selftrain_d2.data.random_state import torch_seeded_by_numpy
 from selftrain_d2.errors import InputError
 
 
@@ -62,8 +63,7 @@ class ContrastiveViews:
             InputError: the image cannot be read.
         """
         image = Image.fromarray(_read(path))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(np.random.randint(2**31))
+        with torch_seeded_by_numpy():
             views = torch.stack(self.transform(image))
         return views.flip(1) if self.reverse else views
 

@@ -111,8 +111,13 @@ def use_one_thread(worker: int) -> None:
 
 
 def get_human_dicts(cfg) -> list[dict[str, Any]]:
-    """Dataset dicts of DATASETS.TRAIN, stamped as human-labeled."""
+    """Dataset dicts of DATASETS.TRAIN, stamped as human-labeled.
+
+    Raises:
+        InputError: a dataset is not registered, or has other classes than the first.
+    """
     check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    check_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.TRAIN[1:], "human-labeled")
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
@@ -129,20 +134,27 @@ def get_pseudo_dicts(cfg) -> Sequence[dict[str, Any]]:
         InputError: a dataset is not registered, is empty, or has other classes than DATASETS.TRAIN.
     """
     check_registered("DATASETS.PSEUDO_TRAIN", cfg.DATASETS.PSEUDO_TRAIN)
-    check_pseudo_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.PSEUDO_TRAIN)
     parts = [_one_pseudo_dataset(name) for name in cfg.DATASETS.PSEUDO_TRAIN]
+    check_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.PSEUDO_TRAIN, "pseudo-labeled")
     return parts[0] if len(parts) == 1 else ConcatDataset(map(_shared, parts))
 
 
-def check_pseudo_classes(human: str, pseudo: Sequence[str]) -> None:
-    """Raise InputError unless registered pseudo-labeled datasets have the classes of the human-labeled one."""
-    for name in pseudo:
-        check_same_classes(
-            class_names(human) or [],
-            class_names(name) or [],
-            f"The pseudo-labeled dataset {name!r}",
-            f"the human-labeled dataset {human!r}",
-        )
+def check_classes(human: str, others: Sequence[str], kind: str) -> None:
+    """Raise InputError unless registered datasets have the classes of the human-labeled one.
+
+    Those registered by ``register_coco_instances`` are known by their classes only once they were read: until then
+    they pass.
+
+    Args:
+        kind: what the others are, for the message.
+    """
+    expected = class_names(human)
+    for name in others:
+        found = class_names(name)
+        if expected is not None and found is not None:
+            check_same_classes(
+                expected, found, f"The {kind} dataset {name!r}", f"the human-labeled dataset {human!r}"
+            )
 
 
 def _one_pseudo_dataset(name: str) -> Sequence[dict[str, Any]]:

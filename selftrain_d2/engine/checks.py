@@ -9,7 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from selftrain_d2.data.loader import check_pseudo_classes, check_registered, check_sources
+from selftrain_d2.data.classification import classification_classes
+from selftrain_d2.data.loader import check_classes, check_registered, check_sources
+from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
 from selftrain_d2.engine.trainer import (
     SelfTrainingTrainer,
     amp_precision,
@@ -18,6 +20,7 @@ from selftrain_d2.engine.trainer import (
     check_number_of_classes,
 )
 from selftrain_d2.engine.weight_average import WeightAverage
+from selftrain_d2.modeling.meta_arch.classification import add_classification_head
 
 
 def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = ()) -> nn.Module:
@@ -39,7 +42,12 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
         check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
     human = cfg.DATASETS.TRAIN[0]
     if human not in unread:
-        check_pseudo_classes(human, [name for name in cfg.DATASETS.PSEUDO_TRAIN if name not in unread])
+        for names, kind in (
+            (cfg.DATASETS.TRAIN[1:], "human-labeled"),
+            (cfg.DATASETS.PSEUDO_TRAIN, "pseudo-labeled"),
+            (cfg.DATASETS.TEST, "evaluation"),
+        ):
+            check_classes(human, [name for name in names if name not in unread], kind)
         check_number_of_classes(cfg)
     check_accumulation_steps(cfg, processes)
     if cfg.SOLVER.AMP.ENABLED:
@@ -48,6 +56,9 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
     if cfg.SELFTRAIN.WEIGHT_EMA_DECAY:
         WeightAverage(cfg.SELFTRAIN.WEIGHT_EMA_DECAY)
     model = build_without_memory(cfg)
+    check_keeps_losses_apart(model)
+    if not set(cfg.DATASETS.CLASSIFICATION_TRAIN) & set(unread) and (classes := classification_classes(cfg)):
+        add_classification_head(model, len(classes), cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT)
     SelfTrainingTrainer.build_lr_scheduler(cfg, SelfTrainingTrainer.build_optimizer(cfg, model))
     return model
 

@@ -13,6 +13,8 @@ from selftrain_d2.errors import InputError
 
 #: Those of ``detectron2.solver.build_lr_scheduler``.
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+#: Those of ``build_selftrain_train_loader``.
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 class Rule(NamedTuple):
@@ -52,6 +54,11 @@ RULES: dict[str, Rule] = {
     "MODEL.DEVICE": Rule(_is_device, lambda: "cpu, cuda, or cuda:N for GPU N of this machine, from 0"),
     "DATALOADER.NUM_WORKERS": _at_least(0),
     "INPUT.CLASSIFICATION_IMAGE_SIZE": _at_least(0),
+    "DATALOADER.SAMPLER_TRAIN": _one_of(lambda: SAMPLERS),
+    "DATALOADER.PSEUDO_SAMPLER_TRAIN": _one_of(lambda: SAMPLERS),
+    "SOLVER.IMS_PER_BATCH": _at_least(1),
+    "SOLVER.PSEUDO_IMS_PER_BATCH": _at_least(0),
+    "SOLVER.CLASSIFICATION_IMS_PER_BATCH": _at_least(0),
     "SOLVER.BASE_LR": _at_least(0.0),
     "SOLVER.CHECKPOINT_PERIOD": _at_least(1),
     "SOLVER.LR_SCHEDULER_NAME": _one_of(lambda: LR_SCHEDULERS),

@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
-from selftrain_d2.errors import InputError
+from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import write_json
 from selftrain_d2.modeling.checkpoint import load_weights, require_complete
 
@@ -154,9 +153,9 @@ def run_in_processes(main: Callable[..., Any], processes: Processes | None, argu
     except ProcessRaisedException as error:
         # A child's traceback comes as text; what is one sentence there stays one here.
         for kind in (InputError, NonFiniteLossError):
-            found = re.search(rf"^{kind.__module__}\.{kind.__name__}: (.*)", str(error), re.MULTILINE)
-            if found:
-                raise kind(found.group(1)) from error
+            message = message_in(str(error), kind)
+            if message is not None:
+                raise kind(message) from error
         raise
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selftrain_d2.errors import InputError
@@ -107,12 +108,7 @@ class LossNormalizer(HookBase):
     # ---- as a hook --------------------------------------------------------------------------------
 
     def before_train(self) -> None:
-        model = model_of(self.trainer)
-        if not hasattr(model, "raw_losses"):
-            raise InputError(
-                f"{type(model).__name__} does not keep human and pseudo losses apart: put SelfTraining "
-                "before the name in MODEL.META_ARCHITECTURE, or mix LossesBySource into a class of your own."
-            )
+        check_keeps_losses_apart(model_of(self.trainer))
 
     def before_step(self) -> None:
         model_of(self.trainer).loss_weights = self.weights
@@ -160,3 +156,12 @@ class LossNormalizer(HookBase):
         self.human_average = state["human_average"]
         self.pseudo_average = state["pseudo_average"]
         self.steps = state["steps"]
+
+
+def check_keeps_losses_apart(model: nn.Module) -> None:
+    """Raise InputError unless a model has human and pseudo losses of its own for LossNormalizer to weigh."""
+    if not hasattr(model, "raw_losses"):
+        raise InputError(
+            f"{type(model).__name__} does not keep human and pseudo losses apart: put SelfTraining "
+            "before the name in MODEL.META_ARCHITECTURE, or mix LossesBySource into a class of your own."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from selftrain_d2.data.contrastive_views import ContrastiveViews, EpochBatchSampler, ReadabilityCheck
 from selftrain_d2.data.image_sources import check_distinct
 from selftrain_d2.data.loader import MixedDataset, use_one_thread
+from selftrain_d2.data.pseudo_labels.manifest import NameHash
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.resume import RunState
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
@@ -128,6 +128,9 @@ def pretrain_simclr(
     _require_lightly()
     settings.check()
     _check_input(cfg)
+    if cfg.SOLVER.AMP.ENABLED:
+        amp_precision(cfg)
+    _check_batch(settings.batch_size, len(file_names), 0)
     output = Path(output)
     check_distinct(file_names, "The list of images")
     identity = _identity(cfg, image_root, file_names, settings)
@@ -340,6 +343,8 @@ def _identity(
         "INPUT.FORMAT": cfg.INPUT.FORMAT,
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
         "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
+        "SOLVER.AMP": cfg.SOLVER.AMP.dump(),
+        "processes": comm.get_world_size(),
         "MODEL.BACKBONE.NAME": cfg.MODEL.BACKBONE.NAME,
         "MODEL.EFFICIENTNET": cfg.MODEL.EFFICIENTNET.dump(),
         "MODEL.RESNETS": cfg.MODEL.RESNETS.dump(),
@@ -349,7 +354,7 @@ def _identity(
         else cfg.MODEL.WEIGHTS,
         "image root": image_root,
         "images": len(file_names),
-        "image names (sha256)": hashlib.sha256("\n".join(file_names).encode()).hexdigest(),
+        "image names (sha256)": NameHash(file_names).hexdigest(),
     }
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from selftrain_d2.data.classification import classification_classes
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.label_maps import read_label_map
-from selftrain_d2.data.loader import build_selftrain_train_loader, check_registered
+from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
@@ -81,6 +81,7 @@ class SelfTrainingTrainer(DefaultTrainer):
         check_number_of_classes(cfg)
         if cfg.DATASETS.TEST:  # a mistake is told now, not after training
             check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+            check_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST, "evaluation")
         # The CPU's backend takes no device.
         devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)

@@ -75,6 +75,7 @@ def write_mask_report(
     classes = manifest["stuff_classes"]
     masks = load_pseudo_labels(folder, score_thresh, image_root=image_root)
     pixels = pixel_histogram(folder, manifest)
+    known = [threshold for threshold in DEFAULT_THRESHOLDS if threshold >= manifest["score_floor"]]
     numbers: dict[str, Any] = {
         "score_thresh": score_thresh,
         "images": {
@@ -94,8 +95,7 @@ def write_mask_report(
         },
         "ignored_by_threshold": {
             str(threshold): ratio(masks.pixels - int(pixels[:, least:].sum()), masks.pixels)
-            for threshold, least in zip(DEFAULT_THRESHOLDS, least_percents(DEFAULT_THRESHOLDS))
-            if threshold >= manifest["score_floor"]
+            for threshold, least in zip(known, least_percents(known))
         },
     }
     if truth_masks is not None:
@@ -103,7 +103,7 @@ def write_mask_report(
             masks.image_root, truth_masks, classes, names=[d["image_id"] for d in masks]
         )
         files = {d["image_id"]: d["sem_seg_file_name"] for d in truth}
-        thresholds = sorted({*DEFAULT_THRESHOLDS, score_thresh})
+        thresholds = sorted({*known, score_thresh})
         numbers["quality"] = [asdict(row) for row in mask_quality(masks, files, classes, thresholds)]
     output = Path(output)
     with writing(output):

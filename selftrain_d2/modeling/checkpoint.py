@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.bottom_up import bottom_up_name
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
 from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, state_dict_of
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
@@ -273,11 +274,11 @@ def require_complete(report: LoadReport, path: str) -> None:
 
 
 def _backbone_prefix(model: nn.Module) -> str | None:
-    """Prefix of the pre-trainable part: without the pyramid that FPN (bottom_up) or ViTDet (net) add."""
+    """Prefix of the part that can be pre-trained, without the pyramid."""
     if isinstance(model, EfficientNet):
         return ""
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         return None
-    inner = next((name for name in ("bottom_up", "net") if hasattr(backbone, name)), None)
+    inner = bottom_up_name(backbone)
     return f"backbone.{inner}." if inner else "backbone."

@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.bottom_up import bottom_up_of, coarsest_feature
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ class SimCLR(nn.Module):
 
         super().__init__()
         self.backbone = backbone
-        shapes = backbone.output_shape()
-        self.feature = max(shapes, key=lambda name: shapes[name].stride)
-        self.head = SimCLRProjectionHead(shapes[self.feature].channels, HIDDEN_CHANNELS, PROJECTION_CHANNELS)
+        self.feature = coarsest_feature(backbone)
+        channels = backbone.output_shape()[self.feature].channels
+        self.head = SimCLRProjectionHead(channels, HIDDEN_CHANNELS, PROJECTION_CHANNELS)
         self.loss = NTXentLoss(temperature, gather_distributed=comm.get_world_size() > 1)
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
@@ -89,8 +90,7 @@ def build_bottom_up(cfg: CfgNode) -> Backbone:
         cfg.MODEL.EFFICIENTNET.NORM = "SyncBN"
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":  # detectron2's SyncBN works on GPUs alone
         cfg.MODEL.RESNETS.NORM = "BN" if comm.get_world_size() == 1 else "naiveSyncBN"
-    backbone = build_backbone(cfg)
-    bottom_up = getattr(backbone, "bottom_up", backbone)
+    bottom_up = bottom_up_of(build_backbone(cfg))
     shapes = bottom_up.output_shape()
     if not shapes or any(shape.stride is None or shape.channels is None for shape in shapes.values()):
         raise InputError(

@@ -258,3 +258,17 @@ def test_mistakes_are_told_before_training(data, tmp_path, capsys, words, messag
     ]
     _refused(["train", "--config-file", CONFIG, *human, *options, *words], capsys, message)
     assert not list(tmp_path.glob("output/*.pth"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_damaged_inside(data, tmp_path, capsys, workers):
+    """Also where a loader's worker meets it: the sentence of its exception, not the text of its traceback."""
+    labeled, _ = data
+    image = tmp_path / "labeled" / "images" / labeled.content["images"][0]["file_name"]
+    image.write_bytes(image.read_bytes()[:400])  # the header with the size is whole
+    labels = ["--human-labels", "labeled", labeled.json_file, labeled.images]
+    keys = ["DATASETS.TRAIN", "('labeled',)", "OUTPUT_DIR", str(tmp_path / "output"), "SOLVER.MAX_ITER", "9"]
+    command = ["train", "--config-file", CONFIG, *labels, *SMALL_MODEL, *keys]
+    assert main([*command, "DATALOADER.NUM_WORKERS", str(workers)]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert str(image) in error and "Caught" not in error and "Traceback" not in error

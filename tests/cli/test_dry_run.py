@@ -69,14 +69,44 @@ def test_weights_of_a_url_are_not_missing(train, capsys):
         ((), ["SOLVER.NO_SUCH_KEY", "1"], ["SOLVER.NO_SUCH_KEY"]),
         ((), ["MODEL.RETINANET.NUM_CLASSES", "3"], ["NUM_CLASSES is 3", "2 classes"]),
         ((), ["SOLVER.WARMUP_ITERS", "7"], ["SOLVER.WARMUP_ITERS"]),
+        ((), ["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH is 0"]),
+        ((), ["DATALOADER.SAMPLER_TRAIN", "Foo"], ["Foo", "RepeatFactorTrainingSampler"]),
+        ((), ["MODEL.META_ARCHITECTURE", "RetinaNet"], ["RetinaNet does not keep", "SelfTraining"]),
+        (
+            ("--human-labels", "other", "ONE_CLASS", "IMAGES"),
+            ["DATASETS.TEST", "('other',)"],
+            ["evaluation dataset 'other'"],
+        ),
+        (
+            ("--human-labels", "other", "ONE_CLASS", "IMAGES"),
+            ["DATASETS.TRAIN", "('human', 'other')"],
+            ["human-labeled dataset 'other'", "[red] (1) against [red, green] (2)"],
+        ),
+        (
+            (),
+            ["DATASETS.CLASSIFICATION_TRAIN", "('human',)", "SOLVER.CLASSIFICATION_IMS_PER_BATCH", "2"],
+            ["'human', which is no classification dataset"],
+        ),
         ((), ["SELFTRAIN.ALPHA", "-1"], ["ALPHA"]),
         ((), ["SELFTRAIN.WEIGHT_EMA_DECAY", "2.0"], ["WEIGHT_EMA_DECAY"]),
         (("--num-gpus", "3"), [], ["SOLVER.IMS_PER_BATCH = 2", "3 processes"]),
         (("--eval-only",), [], ["DATASETS.TEST"]),
     ],
 )
-def test_mistakes_are_those_of_a_real_run(train, capsys, options, keys, fragments):
-    refused(train(*options, keys=keys), capsys, *fragments)
+def test_mistakes_are_those_of_a_real_run(train, coco_set, tmp_path, capsys, options, keys, fragments):
+    content = {**coco_set.content, "categories": coco_set.content["categories"][:1]}
+    category = content["categories"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == category]
+    (tmp_path / "one_class.json").write_text(json.dumps(content))
+    files = {"ONE_CLASS": str(tmp_path / "one_class.json"), "IMAGES": coco_set.images}
+    words = train(
+        *(files.get(word, word) for word in options), keys=[*keys, "OUTPUT_DIR", str(tmp_path / "output")]
+    )
+    refused(words, capsys, *fragments)
+    assert main([word for word in words if word != "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment in error
 
 
 def test_evaluation_needs_no_training_data(train, capsys):

@@ -195,6 +195,7 @@ def parse_grid(content: Any, where: str, changed: Mapping[str, str] | None = Non
     rules = {key: _rules(content, key, axes, tuple(map(str, steps)), where) for key in ("include", "exclude")}
     combinations = _combinations(axes, rules, where)
     cells: list[Cell] = []
+    _check_rules_of_steps(rules["exclude"], steps, where)
     done: dict[str, list[str]] = {}
     for name, step in steps.items():
         of_step = [
@@ -262,6 +263,15 @@ def _rules(
             for value in as_list(values):
                 check_known(str(value), [str(v) for v in known[axis]], f"value of {axis}", f"{where}: {key}")
     return rules
+
+
+def _check_rules_of_steps(rules: Sequence[Mapping[str, Any]], steps: Mapping[str, Any], where: str) -> None:
+    """A rule about an axis that its step does not have would leave out nothing."""
+    for rule in rules:
+        for name in as_list(rule.get(STEP, [])):
+            own = as_list(check_mapping(steps[name], f"{where}: steps: {name}").get("axes") or [])
+            for axis in set(rule) - {STEP}:
+                check_known(axis, own, f"axis of the step {name}", f"{where}: exclude")
 
 
 def _combinations(

@@ -12,24 +12,27 @@ The ``contrasts`` section of a grid file is a list of them::
       - [-1, {step: teacher, start: imagenet, policy: S4}]
       - [1, {step: teacher, start: rand, policy: S4}]
 
-Each term names one cell of each run, that is, of each combination of values of ``repeats``.
+Each term names one cell of each run, that is, of each combination of values of ``repeats``, which its step must have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.cell_record import FINISHED
-from selftrain_d2.experiments.grid.definition import Grid, Scalar, as_list, matches
+from selftrain_d2.experiments.grid.definition import Cell, Grid, Scalar, as_list, matches
 from selftrain_d2.experiments.grid.words import STEP, check_keys, check_known, check_mapping
 from selftrain_d2.experiments.report.figure_spec import is_number
 from selftrain_d2.experiments.report.intervals import PairedTest, paired_test
 from selftrain_d2.experiments.report.results import CellResult, Experiment
 
 _KEYS = ("name", "title", "metric", "repeats", "terms")
+
+#: Planned, or finished.
+AnyCell = TypeVar("AnyCell", Cell, CellResult)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def contrasts_of(grid: Grid) -> list[Contrast]:
     """The contrasts that a grid asks for.
 
     Raises:
-        InputError: a key, step, axis or value is unknown, or a term is not a factor and a cell.
+        InputError: a key, step, axis or value is unknown, or a term is not a factor and a cell; a term names several
+            cells of one run, or none.
     """
     where = f"Grid {grid.title!r}: contrasts"
     if not isinstance(grid.contrasts or [], list):
@@ -92,17 +96,16 @@ def _contrast(entry: Mapping[str, Any], grid: Grid, where: str) -> Contrast:
     if not name or not terms:
         raise InputError(f"{where} needs a name and terms.")
     title, metric = str(entry.get("title", name)), str(entry.get("metric", "bbox/AP"))
-    return Contrast(name, title, metric, repeats, tuple(terms))
+    contrast = Contrast(name, title, metric, repeats, tuple(terms))
+    if not _runs([_cells_of_runs(contrast, cell, grid.cells) for _, cell in terms]):
+        raise InputError(f"{where}: its terms share no run of {', '.join(repeats)}.")
+    return contrast
 
 
 def answer(contrast: Contrast, experiment: Experiment) -> Answer:
-    """Sum the terms of each run, and test the sums against 0.
-
-    Raises:
-        InputError: a term names several cells of one run, or none of any.
-    """
-    terms = [_cells_of_runs(contrast, cell, experiment) for _, cell in contrast.terms]
-    runs = [run for run in terms[0] if all(run in cells for cells in terms)]
+    """Sum the terms of each run, and test the sums against 0."""
+    terms = [_cells_of_runs(contrast, cell, experiment.cells) for _, cell in contrast.terms]
+    runs = _runs(terms)
     sums = []
     for run in runs:
         cells = [cells[run] for cells in terms]
@@ -113,13 +116,26 @@ def answer(contrast: Contrast, experiment: Experiment) -> Answer:
     return Answer(contrast, test, len(sums), len(runs))
 
 
+def _runs(terms: Sequence[Mapping[tuple[Scalar, ...], Any]]) -> list[tuple[Scalar, ...]]:
+    """Runs of which every term has a cell."""
+    return [run for run in terms[0] if all(run in cells for cells in terms)]
+
+
 def _cells_of_runs(
-    contrast: Contrast, wanted: Mapping[str, Any], experiment: Experiment
-) -> dict[tuple[Scalar, ...], CellResult]:
-    found: dict[tuple[Scalar, ...], CellResult] = {}
-    for cell in experiment.cells:
-        if set(wanted) <= set(cell.values) and matches(cell.values, wanted):
-            run = tuple(cell.values[axis] for axis in contrast.repeats if axis in cell.values)
+    contrast: Contrast, wanted: Mapping[str, Any], cells: Sequence[AnyCell]
+) -> dict[tuple[Scalar, ...], AnyCell]:
+    """The cell that a term names, by values of the axes that repeat runs."""
+    found: dict[tuple[Scalar, ...], AnyCell] = {}
+    for cell in cells:
+        values = {STEP: cell.step, **cell.axes}
+        if set(wanted) <= set(values) and matches(values, wanted):
+            absent = [axis for axis in contrast.repeats if axis not in cell.axes]
+            if absent:
+                raise InputError(
+                    f"Contrast {contrast.name!r}: the step {cell.step} has no axis {absent[0]!r}, by which runs "
+                    "repeat: leave it out of repeats."
+                )
+            run = tuple(cell.axes[axis] for axis in contrast.repeats)
             if run in found:
                 raise InputError(
                     f"Contrast {contrast.name!r}: {dict(wanted)} are both {found[run].id} and {cell.id}: "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.bottom_up import bottom_up_of, coarsest_feature
 from selftrain_d2.modeling.backbone.norm import running_statistics_kept
 
 #: ``label_source`` of an image with a class, and nothing else.
@@ -71,9 +72,9 @@ def bottom_up_features(backbone: Backbone, images: Tensor) -> Tensor:
     Args:
         images: (N, 3, H, W), normalized.
     """
-    bottom_up = _bottom_up(backbone)
+    bottom_up = bottom_up_of(backbone)
     with running_statistics_kept(bottom_up):
-        return bottom_up(images)[_coarsest(bottom_up)]
+        return bottom_up(images)[coarsest_feature(bottom_up)]
 
 
 def add_classification_head(model: nn.Module, num_classes: int, loss_weight: float) -> None:
@@ -91,23 +92,11 @@ def add_classification_head(model: nn.Module, num_classes: int, loss_weight: flo
             f"{type(model).__name__} cannot be trained jointly with classification: put SelfTraining before the "
             "name in MODEL.META_ARCHITECTURE, or mix LossesBySource into a class of your own."
         )
-    bottom_up = _bottom_up(model.backbone)
-    channels = bottom_up.output_shape()[_coarsest(bottom_up)].channels
+    bottom_up = bottom_up_of(model.backbone)
+    channels = bottom_up.output_shape()[coarsest_feature(bottom_up)].channels
     model.classification_head = ClassificationHead(channels, num_classes, loss_weight).to(model.device)
 
 
 def without_classification(batched_inputs: Sequence[dict]) -> list[dict]:
     """The samples of a batch that a detector is trained on."""
     return [sample for sample in batched_inputs if sample.get("label_source") != CLASSIFICATION]
-
-
-def _bottom_up(backbone: Backbone) -> Backbone:
-    """Without the pyramid that FPN (``bottom_up``) or ViTDet (``net``) add."""
-    return next(
-        (getattr(backbone, name) for name in ("bottom_up", "net") if hasattr(backbone, name)), backbone
-    )
-
-
-def _coarsest(bottom_up: Backbone) -> str:
-    shapes = bottom_up.output_shape()
-    return max(shapes, key=lambda name: shapes[name].stride)

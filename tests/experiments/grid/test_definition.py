@@ -180,6 +180,7 @@ def test_only_some_cells_and_what_they_need():
         (("exclude",), [{"sed": 0}], "no axis 'sed'"),
         (("exclude",), [{"step": "studnet"}], "no value of step 'studnet'"),
         (("exclude",), [{"step": "labels", "seed": 1}], "leaves out labels/seed=1, which student/.* needs"),
+        (("exclude",), [{"step": "teacher", "alpha": 1}], "no axis of the step teacher 'alpha'"),
         (("include",), [{"step": "student"}], "no axis 'step'"),
         (("exclude",), {"seed": 0}, "must be a list of mappings"),
         (("include",), [{"seed": 0, "alpha": 1}, 3], "must be a mapping"),

@@ -13,7 +13,11 @@ from selftrain_d2.experiments.report.results import CellResult, Experiment
 
 GRID = {
     "axes": {"start": {"imagenet": [], "rand": []}, "policy": ["S1", "S4"], "seed": [0, 1, 2]},
-    "steps": {"teacher": {"axes": ["start", "policy", "seed"], "command": "train {output}"}},
+    "steps": {
+        "weights": {"command": "convert {output}"},
+        "teacher": {"axes": ["start", "policy", "seed"], "command": "train {output}"},
+        "student": {"axes": ["seed"], "command": "train {output}"},
+    },
     "contrasts": [
         {
             "name": "F1",
@@ -93,10 +97,11 @@ def test_runs_without_all_cells_are_left_out_and_counted(tmp_path):
         ({"repeats": ["sed"]}, "no axis 'sed'"),
         ({"weights": 1}, "weights"),
         ({"terms": [[1, {"step": "teacher", "start": "rand"}]]}, "name more axes"),
+        ({"terms": [[1, {"step": "student"}], [-1, {"step": "weights"}]]}, "step weights has no axis 'seed'"),
     ],
 )
 def test_faults_are_told(change, message):
     grid = copy.deepcopy(GRID)
     grid["contrasts"][0].update(change)
     with pytest.raises(InputError, match=message):
-        only(experiment(grid))
+        contrasts_of(parse_grid(grid, "grid.yaml"))
