@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
+from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.datasets import list_images
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.engine.config_values import check_values, merge_options
@@ -254,7 +255,8 @@ def _run_stage(folder: Path, settings: dict[str, Any], work: Callable[[], dict[s
     record: dict[str, Any] = {"settings": settings, "seconds": 0.0, "result": None}
     if file.exists():
         record = read_json(file)
-        check_unchanged(folder, record["settings"], settings)
+        # Work begun before a config key existed was done as the key's default has it.
+        check_unchanged(folder, {**_defaults(), **record["settings"]}, settings)
         if record["result"] is not None:
             logger.info(f"{folder} is finished already.")
             return {**record["result"], "seconds": record["seconds"]}
@@ -287,6 +289,13 @@ def _settings(cfg: CfgNode) -> dict[str, Any]:
             if not key.startswith("SELFTRAIN.") or key == "SELFTRAIN.WEIGHT_EMA_DECAY"
         }
     return json.loads(json.dumps(flat))
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of every config key, as :func:`_settings` has them."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    return json.loads(json.dumps(_flat(cfg)))
 
 
 def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:

@@ -30,13 +30,14 @@ from selftrain_d2.engine.resume import RunState
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
 from selftrain_d2.engine.trainer import amp_precision
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import check_unchanged, read_json, whole_file, write_json
+from selftrain_d2.files import check_unchanged, read_json, write_json
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
     check_input_statistics,
     file_sha256,
     load_weights,
 )
+from selftrain_d2.modeling.checkpoint_file import save_weights
 from selftrain_d2.modeling.simclr import SimCLR, build_bottom_up
 
 logger = logging.getLogger(__name__)
@@ -298,8 +299,7 @@ def _write_backbone(cfg: CfgNode, model: SimCLR, file: Path, identity: dict[str,
         },
         "source": {"format": "SimCLR pre-training", **identity},
     }
-    with whole_file(file) as temporary:
-        torch.save(content, temporary)
+    save_weights(content, file)
 
 
 def _require_lightly() -> None:

@@ -12,6 +12,13 @@ import detectron2
 import torch
 from detectron2.config import CfgNode
 
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
+from selftrain_d2.data.pseudo_labels.selection import (
+    class_names_of,
+    selection_from_config,
+    selection_in_words,
+)
 from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET
 from selftrain_d2.files import write_json, write_text
@@ -35,8 +42,9 @@ def write_summary(output: Path, summary: dict[str, Any], student: CfgNode, task:
     Returns:
         The summary with all that was added.
     """
+    summary["selected"] = selection_in_words(student)
     summary |= task.judge(output, summary["score_thresh"])
-    _draw_contact_sheet(output, summary["score_thresh"], student, task)
+    _draw_contact_sheet(output, summary, student, task)
     summary["versions"] = {"torch": torch.__version__, "detectron2": detectron2.__version__}
     write_text(output / SUMMARY_MARKDOWN, to_markdown(summary))
     write_json(output / SUMMARY, summary)
@@ -68,7 +76,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         if "metrics" not in stage:
             lines += [
                 "",
-                f"`{name}`: {task.sentence(stage, summary['score_thresh'])} ({stage['skipped']} unreadable); "
+                f"`{name}`: {task.sentence(stage, summary['selected'])} ({stage['skipped']} unreadable); "
                 f"labeled in {stage['seconds'] / 60:.1f} minutes.",
             ]
     lines += [
@@ -82,14 +90,23 @@ def to_markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw_contact_sheet(output: Path, score_thresh: float, student: CfgNode, task: Task) -> None:
+def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode, task: Task) -> None:
     """Some of the unlabeled images that got labels, evenly spread over the list: not chosen by what they show."""
-    names = sorted(task.interesting(output / "pseudo_labels", score_thresh))
+    folder, score_thresh = output / "pseudo_labels", summary["score_thresh"]
+    pseudo = load_pseudo_labels(
+        folder, **selection_from_config(student, class_names_of(read_manifest(folder)))
+    )
+    names = sorted(task.interesting(pseudo))
     shown = names[:: max(1, len(names) // CONTACT_SHEET_ROWS)][:CONTACT_SHEET_ROWS]
     student.SELFTRAIN.TTA.SCALES, student.SELFTRAIN.TTA.FLIP = (1.0,), False  # as it is evaluated
     with tempfile.TemporaryDirectory() as folder:
         labels = os.path.join(folder, "labels")
         generate_pseudo_labels(
-            student, task.unlabeled_images, shown, labels, score_floor=task.shown_floor(score_thresh)
+            student,
+            task.unlabeled_images,
+            shown,
+            labels,
+            score_floor=min(0.05, task.shown_threshold(score_thresh)),
         )
-        task.draw(output, shown, Path(labels), score_thresh)
+        students = load_pseudo_labels(labels, task.shown_threshold(score_thresh))
+        task.draw(output, shown, pseudo, students)

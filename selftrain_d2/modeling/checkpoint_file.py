@@ -1,8 +1,9 @@
-"""Reading checkpoint files without running code that a stranger put into them."""
+"""Checkpoint files: read without running code that a stranger put into them, written whole."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.files import whole_file
 
 # What a pickle of numpy arrays (detectron2's model zoo) needs, under the names of numpy 1 and 2.
 _NUMPY_GLOBALS = {
@@ -119,3 +121,13 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except ImportError as error:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors.") from error
     return load_file(path)
+
+
+def save_weights(content: dict[str, Any], file: str | os.PathLike) -> None:
+    """Write a checkpoint, whole or not at all. The same content gives the same bytes, whatever the file's name.
+
+    Raises:
+        InputError: the disk is full, or ``file`` cannot be written.
+    """
+    with whole_file(file) as temporary, open(temporary, "wb") as stream:
+        torch.save(content, stream)

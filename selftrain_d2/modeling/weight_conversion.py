@@ -7,7 +7,6 @@ completeness) is checked in one place.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from torch import nn
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.files import writing
 from selftrain_d2.modeling.backbone.efficientnet import EFFICIENTNET_NAMES, EfficientNet
-from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, state_dict_of
+from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
 
 RESNET_DEPTHS = {"resnet-50": 50, "resnet-101": 101}
 
@@ -256,10 +256,6 @@ def _weights_of_package(source: str) -> Path:
 
 
 def _write(data: dict, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        torch.save(data, temporary)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(data, output)

@@ -64,7 +64,10 @@ def test_the_loop(command, tmp_path, capsys):
     }  # fmt: skip
     assert "pseudo_loss" not in (output / "teacher" / "metrics.json").read_text()
 
-    # Called again, nothing is redone.
+    # Called again, nothing is redone, even if a config key is newer than the work.
+    record = json.loads((output / "teacher" / "stage.json").read_text())
+    del record["settings"]["INPUT.CLASSIFICATION_IMAGE_SIZE"]
+    (output / "teacher" / "stage.json").write_text(json.dumps(record))
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}
     assert main(command) == 0
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}

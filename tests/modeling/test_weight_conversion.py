@@ -195,6 +195,10 @@ def test_file_says_where_it_comes_from(tmp_path):
     assert data["source"]["name"] == "efficientnet-b0"
     assert data["source"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert [p.name for p in output.parent.iterdir()] == ["out.pth"]
+    # Work that was begun with the file goes on with it when it was made again, wherever and in whatever process.
+    again = tmp_path / "again.pth"
+    convert_weights(source, "efficientnet_pytorch", "efficientnet-b0", again, input_statistics="inception")
+    assert again.read_bytes() == output.read_bytes()
 
 
 @pytest.mark.parametrize(

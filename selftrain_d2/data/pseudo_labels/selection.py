@@ -57,6 +57,19 @@ def class_names_of(manifest: Mapping[str, Any]) -> list[str]:
     return manifest["stuff_classes"] if "stuff_classes" in manifest else manifest["thing_classes"]
 
 
+def selection_in_words(cfg: CfgNode) -> str:
+    """The same for a sentence: "score 0.5 or more (background 0.9)"."""
+    selftrain = cfg.SELFTRAIN
+    if selftrain.BOXES_PER_IMAGE:
+        text = f"a score that {selftrain.BOXES_PER_IMAGE:g} an image have"
+    else:
+        text = f"score {selftrain.SCORE_THRESH:g} or more"
+        words = list(selftrain.SCORE_THRESH_BY_CLASS)
+        if words:
+            text += f" ({', '.join(f'{name} {value:g}' for name, value in zip(words[::2], words[1::2]))})"
+    return text + (f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else "")
+
+
 def resolve_thresholds(
     manifest: Mapping[str, Any],
     score_thresh: ScoreThreshold,

@@ -17,6 +17,9 @@ LABELED, VALIDATION = "selftrain_labeled", "selftrain_validation"
 #: Below the loop's output folder.
 CONTACT_SHEET = "contact_sheet.png"
 
+#: Dataset dicts of pseudo labels, as ``load_pseudo_labels`` gives them.
+Samples = Sequence[dict[str, Any]]
+
 
 @dataclass
 class Task(ABC):
@@ -64,27 +67,29 @@ class Task(ABC):
         """Judge the pseudo labels where truth is known: further entries of the summary, perhaps a picture."""
 
     @abstractmethod
-    def draw(self, output: Path, names: Sequence[str], students: Path, score_thresh: float) -> None:
+    def draw(self, output: Path, names: Sequence[str], pseudo: Samples, students: Samples) -> None:
         """Draw the contact sheet.
 
         Args:
             output: the loop's output folder.
             names: of the images to show.
-            students: pseudo-label folder with what the student sees in them.
+            pseudo: the pseudo labels that the student was trained on.
+            students: what the student sees in these images.
         """
 
     @staticmethod
-    def shown_floor(score_thresh: float) -> float:
-        """Score floor of what the student sees in the images of the contact sheet."""
-        return min(0.05, score_thresh)
-
-    @abstractmethod
-    def interesting(self, folder: Path, score_thresh: float) -> list[str]:
-        """Images of a pseudo-label folder that have labels to show."""
+    def shown_threshold(score_thresh: float) -> float:
+        """The least score of what the student sees in the images of the contact sheet."""
+        return score_thresh
 
     @staticmethod
     @abstractmethod
-    def sentence(labels: dict[str, Any], score_thresh: float) -> str:
+    def interesting(pseudo: Samples) -> list[str]:
+        """Images that have labels to show."""
+
+    @staticmethod
+    @abstractmethod
+    def sentence(labels: dict[str, Any], selected: str) -> str:
         """The counts of a labeling stage in words."""
 
     @staticmethod

@@ -16,7 +16,7 @@ from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Task, is_segmentor
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task, is_segmentor
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.quality import (
     QualityRow,
@@ -109,21 +109,19 @@ class Detection(Task):
         with registered([human_labels(name, self.unlabeled_truth_json, self.unlabeled_images)]):
             return DatasetCatalog.get(name)
 
-    def interesting(self, folder: Path, score_thresh: float) -> list[str]:
-        return [d["image_id"] for d in load_pseudo_labels(folder, score_thresh) if d["annotations"]]
+    @staticmethod
+    def interesting(pseudo: Samples) -> list[str]:
+        return [d["image_id"] for d in pseudo if d["annotations"]]
 
-    def draw(self, output: Path, names: Sequence[str], students: Path, score_thresh: float) -> None:
-        pseudo, student = (
-            {d["image_id"]: d for d in load_pseudo_labels(folder, score_thresh)}
-            for folder in (output / "pseudo_labels", students)
-        )
+    def draw(self, output: Path, names: Sequence[str], pseudo: Samples, students: Samples) -> None:
+        pseudo, student = ({d["image_id"]: d for d in samples} for samples in (pseudo, students))
         truth = self._truth()
         true = {os.path.realpath(d["file_name"]): d["annotations"] for d in truth or []}
         contact_sheet(
             output / CONTACT_SHEET,
             [pseudo[n]["file_name"] for n in names],
             [
-                (f"Pseudo boxes, score {score_thresh} or more", [pseudo[n]["annotations"] for n in names]),
+                ("Pseudo boxes, as trained on", [pseudo[n]["annotations"] for n in names]),
                 ("Student boxes", [student[n]["annotations"] for n in names]),
             ],
             None
@@ -134,9 +132,9 @@ class Detection(Task):
         )
 
     @staticmethod
-    def sentence(labels: dict[str, Any], score_thresh: float) -> str:
+    def sentence(labels: dict[str, Any], selected: str) -> str:
         return (
-            f"{labels['boxes']} boxes of score {score_thresh} or more on {labels['images_with_boxes']} of "
+            f"{labels['boxes']} boxes of {selected} on {labels['images_with_boxes']} of "
             f"{labels['images']} images"
         )
 

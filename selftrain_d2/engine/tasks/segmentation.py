@@ -13,12 +13,13 @@ from detectron2.config import CfgNode
 
 from selftrain_d2.data.datasets import list_images, load_image_folder
 from selftrain_d2.data.label_maps import VOID, read_label_map
+from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset
 from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Task, is_segmentor
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task, is_segmentor
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.mask_quality import (
     DEFAULT_THRESHOLDS,
@@ -110,18 +111,15 @@ class Segmentation(Task):
         )
         return {d["image_id"]: d["sem_seg_file_name"] for d in truth}
 
-    def interesting(self, folder: Path, score_thresh: float) -> list[str]:
-        masks = load_pseudo_labels(folder, score_thresh)
-        several = [d["image_id"] for d, classes in zip(masks, masks.class_counts) if classes > 1]
-        return several or [d["image_id"] for d in masks]
+    @staticmethod
+    def interesting(pseudo: PseudoMaskDataset) -> list[str]:
+        several = [d["image_id"] for d, classes in zip(pseudo, pseudo.class_counts) if classes > 1]
+        return several or [d["image_id"] for d in pseudo]
 
-    def draw(self, output: Path, names: Sequence[str], students: Path, score_thresh: float) -> None:
-        pseudo, student = (
-            {d["image_id"]: d for d in load_pseudo_labels(folder, threshold)}
-            for folder, threshold in ((output / "pseudo_labels", score_thresh), (students, 0.0))
-        )
+    def draw(self, output: Path, names: Sequence[str], pseudo: Samples, students: Samples) -> None:
+        pseudo, student = ({d["image_id"]: d for d in samples} for samples in (pseudo, students))
         columns = [
-            (f"Pseudo mask (score ≥ {score_thresh:g})", [_read(pseudo[n]) for n in names]),
+            ("Pseudo mask, as trained on", [_read(pseudo[n]) for n in names]),
             ("Student mask", [_read(student[n]) for n in names]),
         ]
         truth = self._truth()
@@ -132,15 +130,13 @@ class Segmentation(Task):
         )
 
     @staticmethod
-    def shown_floor(score_thresh: float) -> float:
+    def shown_threshold(score_thresh: float) -> float:
         return 0.0  # every pixel has a class
 
     @staticmethod
-    def sentence(labels: dict[str, Any], score_thresh: float) -> str:
-        return (
-            f"{1 - labels['ignored_share']:.1%} of the pixels of {labels['images']} images have a score of "
-            f"{score_thresh} or more"
-        )
+    def sentence(labels: dict[str, Any], selected: str) -> str:
+        share = 1 - labels["ignored_share"]
+        return f"{share:.1%} of the pixels of {labels['images']} images have {selected}"
 
     @staticmethod
     def further_lines(summary: dict[str, Any]) -> list[str]:
