@@ -12,6 +12,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     resolve_thresholds,
     select_boxes,
     selection_from_config,
+    selection_in_words,
 )
 
 CLASSES = ["car", "dog", "tree"]
@@ -98,6 +99,7 @@ def test_from_config():
         "top_k": 5,
         "boxes_per_image": None,
     }
+    assert selection_in_words(cfg) == "score 0.6 or more (dog 0.8), the best 5 of an image"
     cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("dog", 0.8, "car")
     with pytest.raises(InputError, match="'car' stands alone"):
         selection_from_config(cfg, CLASSES)
