@@ -22,7 +22,10 @@ from selftrain_d2.labeling.style import BLUE, GREEN, GREY, ORANGE, SKY_BLUE, THE
 _COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", SKY_BLUE, "#000000")
 _SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker
 _LEVEL_STYLES = ("--", ":", "-.")
+#: Entries of a legend inside the axes.
+_MOST_INSIDE = 6
 _INCHES = (6.0, 3.8)
+_INCHES_OF_ENTRY = 0.18  # of a legend below the axes
 # As shares of the distance of two x values: between lines, so that their intervals do not cover each other, and
 # between a mean and its single runs.
 _DODGE, _ASIDE = 0.05, 0.018
@@ -52,7 +55,12 @@ def draw_figure(figure: Figure, lines: Sequence[Line], folder: Path) -> dict[str
         places = _places(xs, figure.log)
         _set_up_axes(axes, figure, places)
         space = _space(places)
-        moving = [line for line in lines if not line.constant]
+        # A line none of whose cells has run yet is in the table alone.
+        moving = [
+            line
+            for line in lines
+            if not line.constant and any(point.values or point.failed for point in line.points.values())
+        ]
         for number, (line, style) in enumerate(zip(moving, line_styles(moving))):
             shift = (number - (len(moving) - 1) / 2) * _DODGE * space
             _draw_line(axes, line, {x: place + shift for x, place in places.items()}, style, _ASIDE * space)
@@ -157,4 +165,9 @@ def _draw_legend(axes: Axes, has_failed: bool) -> None:
             Line2D([], [], color=GREY, marker="x", markeredgewidth=2, linestyle="", label="a failed run")
         )
     if handles:
-        axes.legend(handles=handles)
+        if len(handles) > _MOST_INSIDE:  # too many to leave room for what they explain
+            width, height = _INCHES
+            axes.figure.set_size_inches(width, height + _INCHES_OF_ENTRY * len(handles))
+            axes.figure.legend(handles=handles, loc="outside lower left")
+        else:
+            axes.legend(handles=handles)
