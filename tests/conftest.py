@@ -17,6 +17,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from selftrain_d2 import add_selftrain_config
+from selftrain_d2.cli import main
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
 from selftrain_d2.data.pseudo_labels.shards import make_row
@@ -182,3 +183,16 @@ def leave_catalogs_as_they_were():
         DatasetCatalog.remove(name)
         if name in MetadataCatalog:
             MetadataCatalog.remove(name)
+
+
+def assert_refused(command, capsys, *fragments, output=None):
+    """A user's mistake: one sentence with these fragments, exit status 2, and no output."""
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    error = [line for line in printed.splitlines() if line and not line.startswith("pseudo labels:")]
+    assert len(error) == 1, error
+    for fragment in fragments:
+        assert fragment in error[0], error[0]
+    if output is not None:
+        assert not output.exists()

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
-from selftrain_d2.data.datasets import _register
+from selftrain_d2.data.datasets import register_dataset
 from selftrain_d2.data.segmentation_datasets import VOC_NAME, voc_2012_places
 from selftrain_d2.engine.launch import DatasetSpec, Processes
 
@@ -123,4 +123,4 @@ def files_of_dataset(name: str) -> list[str]:
 
 
 def _register_unread(name: str) -> None:
-    _register(name, list)
+    register_dataset(name, list)

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torchvision.transforms import v2
 
-from selftrain_d2.data.datasets import _register, check_same_classes, read_image_size
+from selftrain_d2.data.datasets import check_same_classes, read_image_size, register_dataset
 from selftrain_d2.data.image_sources import absolute_root, list_images
 from selftrain_d2.data.mapper import _UNREADABLE, image_to_tensor, read_image
 from selftrain_d2.data.random_state import torch_seeded_by_numpy
@@ -76,7 +76,7 @@ def register_classification_folder(name: str, folder: str | os.PathLike) -> None
         if not any(_is_readable(d["file_name"]) for d in of_class):
             where = os.path.join(folder, classes[class_id])
             raise InputError(f"None of the images of class {classes[class_id]!r} in {where} can be read.")
-    _register(name, lambda: dicts)
+    register_dataset(name, lambda: dicts)
     MetadataCatalog.get(name).set(image_root=folder, evaluator_type="none", classification_classes=classes)
 
 

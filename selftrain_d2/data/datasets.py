@@ -92,7 +92,7 @@ def register_image_folder(name: str, folder: str | os.PathLike) -> None:
             metadata.unreadable_files = unreadable
         return dicts
 
-    _register(name, load)
+    register_dataset(name, load)
     MetadataCatalog.get(name).set(image_root=str(folder), evaluator_type="none")
 
 
@@ -124,7 +124,7 @@ def register_pseudo_labels(
     manifest = read_manifest(folder)
     resolve_thresholds(manifest, score_thresh, top_k, boxes_per_image)  # a mistake is told now
     selection = {"score_thresh": score_thresh, "top_k": top_k, "boxes_per_image": boxes_per_image}
-    _register(name, lambda: load_pseudo_labels(folder, image_root=image_root, **selection))
+    register_dataset(name, lambda: load_pseudo_labels(folder, image_root=image_root, **selection))
     metadata = MetadataCatalog.get(name).set(pseudo_label_folder=str(folder), evaluator_type="none")
     if "stuff_classes" in manifest:
         metadata.set(stuff_classes=list(manifest["stuff_classes"]), ignore_label=VOID)
@@ -143,7 +143,7 @@ def register_human_labels(name: str, json_file: str | os.PathLike, image_root: s
     """
     coco = check_coco_json(json_file, image_root)
     json_file, image_root = str(json_file), str(image_root)
-    _register(name, lambda: load_coco_json(json_file, image_root, name))
+    register_dataset(name, lambda: load_coco_json(json_file, image_root, name))
     MetadataCatalog.get(name).set(
         json_file=json_file,
         image_root=image_root,
@@ -152,7 +152,7 @@ def register_human_labels(name: str, json_file: str | os.PathLike, image_root: s
     )
 
 
-def _register(name: str, load) -> None:
+def register_dataset(name: str, load) -> None:
     if name in DatasetCatalog:
         raise InputError(f"A dataset named {name!r} is registered already: choose another name.")
     DatasetCatalog.register(name, load)

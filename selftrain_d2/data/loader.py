@@ -26,6 +26,9 @@ from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+#: What DATALOADER.SAMPLER_TRAIN and PSEUDO_SAMPLER_TRAIN may be.
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
+
 # One sample: which source, which image of it, and its position in that source's stream over all processes.
 SampleKey = tuple
 
@@ -235,9 +238,7 @@ def _repeat_factors(cfg, key: str, dicts: Sequence[dict[str, Any]]) -> torch.Ten
         return None
     if sampler == "RepeatFactorTrainingSampler":
         return repeat_factors(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
-    raise InputError(
-        f"DATALOADER.{key} {sampler!r} is not supported: use TrainingSampler or RepeatFactorTrainingSampler."
-    )
+    raise InputError(f"DATALOADER.{key} {sampler!r} is not supported: use {' or '.join(SAMPLERS)}.")
 
 
 def repeat_factors(dicts: Sequence[dict[str, Any]], threshold: float) -> torch.Tensor:

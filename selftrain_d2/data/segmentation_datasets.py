@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from selftrain_d2.data.datasets import _register, list_images, read_image_size
+from selftrain_d2.data.datasets import list_images, read_image_size, register_dataset
 from selftrain_d2.data.label_maps import VOID, read_label_map, voc_colours
 from selftrain_d2.errors import InputError
 
@@ -105,7 +105,7 @@ def register_voc_2012() -> None:
     for split in (*VOC_MASKS, "aug"):
         name = VOC_NAME.format(split)
         if name not in DatasetCatalog:
-            _register(name, lambda split=split: load_voc_2012(voc_2012_root(), split))
+            register_dataset(name, lambda split=split: load_voc_2012(voc_2012_root(), split))
             _set_metadata(name, VOC_CLASSES, "none" if split == "aug" else "sem_seg")
             MetadataCatalog.get(name).stuff_colors = voc_colours()[: len(VOC_CLASSES)].tolist()
 
@@ -173,7 +173,7 @@ def register_segmentation_folder(
         InputError: see there; or the name is taken.
     """
     dicts = load_segmentation_folder(images, masks, classes)
-    _register(name, lambda: [dict(d) for d in dicts])
+    register_dataset(name, lambda: [dict(d) for d in dicts])
     _set_metadata(name, classes, "sem_seg")
     MetadataCatalog.get(name).set(image_root=str(images), sem_seg_root=str(masks))
 

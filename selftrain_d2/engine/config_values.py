@@ -9,12 +9,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from selftrain_d2.data.loader import SAMPLERS
 from selftrain_d2.errors import InputError
 
 #: Those of ``detectron2.solver.build_lr_scheduler``.
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
-#: Those of ``build_selftrain_train_loader``.
-SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 class Rule(NamedTuple):
@@ -127,3 +126,8 @@ def one_line(error: Exception) -> str:
     """An exception's text for the middle of a sentence."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()).rstrip(".")
+
+
+def is_segmentor(cfg: CfgNode) -> bool:
+    """Whether a config's model labels pixels alone."""
+    return "Segmentor" in cfg.MODEL.META_ARCHITECTURE

@@ -21,6 +21,7 @@ from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
 from selftrain_d2.engine.replay import save_batch
@@ -241,7 +242,7 @@ def check_number_of_classes(cfg: CfgNode) -> None:
     name, architecture = cfg.DATASETS.TRAIN[0], cfg.MODEL.META_ARCHITECTURE
     if class_names(name) is None:
         return
-    of_pixels = "Segmentor" in architecture
+    of_pixels = is_segmentor(cfg)
     classes = MetadataCatalog.get(name).get("stuff_classes" if of_pixels else "thing_classes")
     if not classes:
         learned, there = ("masks of pixels", "boxes") if of_pixels else ("boxes", "masks of pixels")

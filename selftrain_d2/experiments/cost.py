@@ -15,6 +15,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.experiments import model_table
 from selftrain_d2.experiments.benchmarks.timing import markdown_table
 from selftrain_d2.experiments.grid.definition import Grid, load_grid
@@ -68,7 +69,7 @@ def paper_trainings() -> dict[str, Training]:
             name = f"{family}/{path.name}"
             cfg = model_table.load_config(name)
             images = cfg.SOLVER.IMS_PER_BATCH + cfg.SOLVER.PSEUDO_IMS_PER_BATCH
-            task = "segmentation, " if "Segmentor" in cfg.MODEL.META_ARCHITECTURE else ""
+            task = "segmentation, " if is_segmentor(cfg) else ""
             size = cfg.INPUT.AUGMENTATION.IMAGE_SIZE
             trainings[name] = Training(task + model_name(cfg), size, images, cfg.SOLVER.MAX_ITER)
     return trainings

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, make_coco_set
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.shards import make_row
@@ -33,41 +33,29 @@ def _self_train(data, tmp_path, *options, **paths):
     return ["self-train", *words, *SMALL_MODEL, "SOLVER.MAX_ITER", "1", *options]
 
 
-def _refused(command, capsys, *fragments, output=None):
-    assert main(command) == 2
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    error = [line for line in printed.splitlines() if line and not line.startswith("pseudo labels:")]
-    assert len(error) == 1, error
-    for fragment in fragments:
-        assert fragment in error[0]
-    if output is not None:
-        assert not output.exists()
-
-
 def test_missing_and_empty_paths(data, tmp_path, capsys):
     output = tmp_path / "output"
-    _refused(
+    assert_refused(
         _self_train(data, tmp_path, config_file="no.yaml"),
         capsys,
         "no.yaml does not exist",
         CONFIG,
         output=output,
     )
-    _refused(
+    assert_refused(
         _self_train(data, tmp_path, labeled_json="no.json"), capsys, "no.json does not exist", output=output
     )
-    _refused(
+    assert_refused(
         _self_train(data, tmp_path, labeled_images="/no"), capsys, "/no", "does not exist", output=output
     )
     (tmp_path / "empty").mkdir()
-    _refused(
+    assert_refused(
         _self_train(data, tmp_path, unlabeled_images=tmp_path / "empty"),
         capsys,
         "holds no image",
         output=output,
     )
-    _refused(
+    assert_refused(
         _self_train(data, tmp_path, val_json=data[0].json_file), capsys, "belong together", output=output
     )
 
@@ -77,7 +65,7 @@ def test_coco_faults_reach_the_user(data, tmp_path, capsys):
     content["annotations"][0]["bbox"] = [0, 0, 500, 5]
     with open(data[0].json_file, "w") as file:
         json.dump(content, file)
-    _refused(
+    assert_refused(
         _self_train(data, tmp_path),
         capsys,
         "pixels outside its image",
@@ -92,7 +80,7 @@ def test_other_classes_in_validation(data, tmp_path, capsys):
     with open(data[1].json_file, "w") as file:
         json.dump(content, file)
     command = _self_train(data, tmp_path, val_json=data[1].json_file, val_images=data[1].images)
-    _refused(command, capsys, "other classes", "blue", "red", output=tmp_path / "output")
+    assert_refused(command, capsys, "other classes", "blue", "red", output=tmp_path / "output")
 
 
 @pytest.mark.parametrize(
@@ -106,37 +94,37 @@ def test_other_classes_in_validation(data, tmp_path, capsys):
     ],
 )
 def test_config_keys(data, tmp_path, capsys, options, fragments):
-    _refused(_self_train(data, tmp_path, *options), capsys, *fragments, output=tmp_path / "output")
+    assert_refused(_self_train(data, tmp_path, *options), capsys, *fragments, output=tmp_path / "output")
 
 
 def test_config_file_that_would_run_code(data, tmp_path, capsys):
     witness = tmp_path / "witness"
     config = tmp_path / "evil.yaml"
     config.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{witness}']\n")
-    _refused(_self_train(data, tmp_path, config_file=config), capsys, "Python tag", "--allow-unsafe")
+    assert_refused(_self_train(data, tmp_path, config_file=config), capsys, "Python tag", "--allow-unsafe")
     assert not witness.exists()
 
 
 def test_config_file_that_is_not_yaml_or_has_unknown_keys(data, tmp_path, capsys):
     config = tmp_path / "bad.yaml"
     config.write_text("MODEL: [1, 2\n")
-    _refused(_self_train(data, tmp_path, config_file=config), capsys, "bad.yaml", "not valid YAML")
+    assert_refused(_self_train(data, tmp_path, config_file=config), capsys, "bad.yaml", "not valid YAML")
     config.write_text("VERSION: 2\nMODEL:\n  NO_SUCH_KEY: 1\n")
-    _refused(_self_train(data, tmp_path, config_file=config), capsys, "bad.yaml", "NO_SUCH_KEY")
+    assert_refused(_self_train(data, tmp_path, config_file=config), capsys, "bad.yaml", "NO_SUCH_KEY")
 
 
 def test_weights(data, tmp_path, capsys):
     output = tmp_path / "output"
-    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", "no.pth"), capsys, "no.pth", output=output)
+    assert_refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", "no.pth"), capsys, "no.pth", output=output)
     stranger = tmp_path / "stranger.pth"
     torch.save({"model": {"layer.weight": torch.zeros(3)}}, stranger)
-    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(stranger)), capsys, "stranger.pth")
+    assert_refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(stranger)), capsys, "stranger.pth")
     assert not list(output.iterdir())  # with the right weights the same command works
 
 
 def test_no_pseudo_label_over_the_threshold(data, tmp_path, capsys):
     command = _self_train(data, tmp_path, "SELFTRAIN.SCORE_THRESH", "1.0")
-    _refused(command, capsys, "No pseudo label", "lower SELFTRAIN.SCORE_THRESH")
+    assert_refused(command, capsys, "No pseudo label", "lower SELFTRAIN.SCORE_THRESH")
     # The advice can be followed: the teacher is not trained again, nor refused.
     trained = (tmp_path / "output" / "teacher" / "model_final.pth").stat().st_mtime_ns
     assert main([*command[:1], "--score-floor", "0.001", *command[1:], "SELFTRAIN.SCORE_THRESH", "0.9"]) == 2
@@ -161,7 +149,7 @@ def test_weights_that_would_run_code(data, tmp_path, capsys, name):
     witness = tmp_path / "witness"
     file = tmp_path / name
     file.write_bytes(pickle.dumps({"model": _Evil(str(witness))}))
-    _refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(file)), capsys, name, "--allow-unsafe")
+    assert_refused(_self_train(data, tmp_path, "MODEL.WEIGHTS", str(file)), capsys, name, "--allow-unsafe")
     assert not witness.exists()
 
 
@@ -177,7 +165,7 @@ def test_pseudo_labels_of_other_classes(data, tmp_path, capsys):
         "DATASETS.TRAIN", "('human',)", "DATASETS.PSEUDO_TRAIN", "('pseudo',)", "DATASETS.TEST", "()",
         "SOLVER.PSEUDO_IMS_PER_BATCH", "1", "OUTPUT_DIR", str(tmp_path / "output"),
     ]  # fmt: skip
-    _refused(command, capsys, "'pseudo' has other classes", "cat", "red")
+    assert_refused(command, capsys, "'pseudo' has other classes", "cat", "red")
 
 
 def test_number_of_classes(data, tmp_path, capsys):
@@ -187,17 +175,21 @@ def test_number_of_classes(data, tmp_path, capsys):
         "DATASETS.TRAIN", "('human',)", "DATASETS.TEST", "()", "MODEL.RETINANET.NUM_CLASSES", "5",
         "OUTPUT_DIR", str(tmp_path / "output"),
     ]  # fmt: skip
-    _refused(command, capsys, "MODEL.RETINANET.NUM_CLASSES is 5", "2 classes")
+    assert_refused(command, capsys, "MODEL.RETINANET.NUM_CLASSES is 5", "2 classes")
 
 
 def test_labeling_without_weights_or_images(data, tmp_path, capsys):
     command = ["label", "--config-file", CONFIG, "--output", str(tmp_path / "out")]
     images = ["--images", data[1].images]
-    _refused([*command, *images, *SMALL_MODEL], capsys, "MODEL.WEIGHTS is empty", output=tmp_path / "out")
-    _refused(
+    assert_refused(
+        [*command, *images, *SMALL_MODEL], capsys, "MODEL.WEIGHTS is empty", output=tmp_path / "out"
+    )
+    assert_refused(
         [*command, "--images", "/no", *SMALL_MODEL], capsys, "/no does not exist", output=tmp_path / "out"
     )
-    _refused([*command, "--dataset", "nobody", *SMALL_MODEL], capsys, "'nobody'", output=tmp_path / "out")
+    assert_refused(
+        [*command, "--dataset", "nobody", *SMALL_MODEL], capsys, "'nobody'", output=tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "label", "self-train"])
@@ -219,7 +211,7 @@ def test_values_that_cannot_be(data, tmp_path, capsys, command, words, message):
         ],
         "self-train": _self_train(data, tmp_path),
     }  # fmt: skip
-    _refused([*commands[command], *words], capsys, message, output=output)
+    assert_refused([*commands[command], *words], capsys, message, output=output)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +226,7 @@ def test_keys_of_the_student_are_checked_before_the_teacher_is_trained(
     data, tmp_path, capsys, student, message
 ):
     command = _self_train(data, tmp_path, "SELFTRAIN.STUDENT", student)
-    _refused(command, capsys, message, output=tmp_path / "output")
+    assert_refused(command, capsys, message, output=tmp_path / "output")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +248,7 @@ def test_mistakes_are_told_before_training(data, tmp_path, capsys, words, messag
         "MODEL.RETINANET.NUM_CLASSES",
         "2",
     ]
-    _refused(["train", "--config-file", CONFIG, *human, *options, *words], capsys, message)
+    assert_refused(["train", "--config-file", CONFIG, *human, *options, *words], capsys, message)
     assert not list(tmp_path.glob("output/*.pth"))
 
 

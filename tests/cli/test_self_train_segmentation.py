@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, make_coco_set
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from PIL import Image
 
 from selftrain_d2 import load_pseudo_labels
@@ -188,18 +188,6 @@ def test_label_and_train_as_commands_of_their_own(data, tmp_path, capsys):
     assert "--human-labels compares boxes" in capsys.readouterr().err
 
 
-def _refused(command, capsys, *fragments, output=None):
-    assert main(command) == 2
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    error = [line for line in printed.splitlines() if line and not line.startswith("pseudo labels:")]
-    assert len(error) == 1, error
-    for fragment in fragments:
-        assert fragment in error[0], error[0]
-    if output is not None:
-        assert not output.exists()
-
-
 def _spoil_size(data):
     Image.fromarray(np.zeros((10, 64), np.uint8)).save(data["labeled"] / "masks" / "0.png")
 
@@ -238,7 +226,7 @@ def _ignore_everything(data):
 )
 def test_faulty_masks(data, tmp_path, capsys, spoil, fragments):
     spoil(data)
-    _refused(_command(data, tmp_path), capsys, *fragments, output=tmp_path / "output")
+    assert_refused(_command(data, tmp_path), capsys, *fragments, output=tmp_path / "output")
 
 
 @pytest.mark.parametrize(
@@ -255,15 +243,19 @@ def test_arguments_that_do_not_fit(data, tmp_path, capsys, changes, fragments):
     command = _command(data, tmp_path, **changes)
     if "config_file" in changes:  # without the segmentor's keys
         command = command[: command.index("MODEL.NAS_FPN.REPEATS")]
-    _refused(command, capsys, *fragments, output=tmp_path / "output")
+    assert_refused(command, capsys, *fragments, output=tmp_path / "output")
 
 
 def test_classes(data, tmp_path, capsys):
     command, classes = _command(data, tmp_path), ["--classes", *CLASSES]
     assert command[1:5] == classes
-    _refused(["self-train", *command[5:]], capsys, "--task segmentation needs --classes")
-    _refused(["self-train", "--classes", "a", "b", "a", *command[5:]], capsys, "The class 'a' is named twice")
-    _refused(["self-train", "--classes", "a", "b", *command[5:]], capsys, "class id 2, but only 2 classes")
+    assert_refused(["self-train", *command[5:]], capsys, "--task segmentation needs --classes")
+    assert_refused(
+        ["self-train", "--classes", "a", "b", "a", *command[5:]], capsys, "The class 'a' is named twice"
+    )
+    assert_refused(
+        ["self-train", "--classes", "a", "b", *command[5:]], capsys, "class id 2, but only 2 classes"
+    )
     assert not (tmp_path / "output").exists()
 
 
@@ -284,7 +276,7 @@ def test_train_on_faulty_masks(data, tmp_path, capsys, words, fragments):
     folders = {"IMAGES": str(data["labeled"] / "images"), "MASKS": str(data["labeled"] / "masks")}
     command = ["train", "--config-file", CONFIG, *(folders.get(word, word) for word in words.split())]
     keys = ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "()"]
-    _refused([*command, *MODEL, *keys, "OUTPUT_DIR", str(tmp_path / "output")], capsys, *fragments)
+    assert_refused([*command, *MODEL, *keys, "OUTPUT_DIR", str(tmp_path / "output")], capsys, *fragments)
     assert not list(tmp_path.glob("output/*.pth"))
 
 
@@ -292,14 +284,14 @@ def test_masks_for_a_detector_and_boxes_for_a_segmentor(data, tmp_path, capsys):
     masks = ["--human-masks", "a", *(str(data["labeled"] / part) for part in ("images", "masks"))]
     keys = ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / "output")]
     detector = "Base-RetinaNet-EfficientNet-FPN.yaml"
-    _refused(
+    assert_refused(
         ["train", "--classes", *CLASSES, "--config-file", detector, *masks, *SMALL_MODEL, *keys],
         capsys,
         "SelfTrainingRetinaNet learns boxes, but 'a' has masks of pixels",
     )
     coco = make_coco_set(tmp_path / "coco", 2, 0)
     boxes = ["--human-labels", "a", coco.json_file, coco.images]
-    _refused(
+    assert_refused(
         ["train", "--config-file", CONFIG, *boxes, *MODEL, *keys],
         capsys,
         "SelfTrainingSegmentor learns masks of pixels, but 'a' has boxes",
@@ -312,8 +304,8 @@ def test_a_segmentor_for_boxes(tmp_path, capsys):
         "self-train", "--config-file", CONFIG, "--labeled-json", coco.json_file, "--labeled-images", coco.images,
         "--unlabeled-images", coco.images, "--output", str(tmp_path / "output"), *MODEL,
     ]  # fmt: skip
-    _refused(command, capsys, "makes no boxes", "--task segmentation", output=tmp_path / "output")
-    _refused(
+    assert_refused(command, capsys, "makes no boxes", "--task segmentation", output=tmp_path / "output")
+    assert_refused(
         [w for w in command if w not in ("--labeled-json", coco.json_file)], capsys, "needs --labeled-json"
     )
 
@@ -321,7 +313,7 @@ def test_a_segmentor_for_boxes(tmp_path, capsys):
 def test_no_pixel_over_the_threshold(data, tmp_path, capsys):
     command = _command(data, tmp_path)
     command[command.index("0.34")] = "1.0"
-    _refused(command, capsys, "No pseudo label", "lower SELFTRAIN.SCORE_THRESH")
+    assert_refused(command, capsys, "No pseudo label", "lower SELFTRAIN.SCORE_THRESH")
     command[command.index("1.0")] = "0.34"
     assert main([*command, "SELFTRAIN.TOP_K", "5"]) == 2
     assert "SELFTRAIN.TOP_K" in capsys.readouterr().err

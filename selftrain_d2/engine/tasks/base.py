@@ -96,8 +96,3 @@ class Task(ABC):
     @abstractmethod
     def further_lines(summary: dict[str, Any]) -> list[str]:
         """What the summary's page has besides, in Markdown."""
-
-
-def is_segmentor(cfg: CfgNode) -> bool:
-    """Whether a config's model labels pixels alone."""
-    return "Segmentor" in cfg.MODEL.META_ARCHITECTURE

@@ -15,8 +15,9 @@ from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
+from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task, is_segmentor
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.quality import (
     QualityRow,

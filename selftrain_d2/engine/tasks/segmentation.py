@@ -18,8 +18,9 @@ from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
+from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task, is_segmentor
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.mask_quality import (
     DEFAULT_THRESHOLDS,
