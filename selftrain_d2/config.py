@@ -125,8 +125,10 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.ALPHA_WARMUP_ITERS = 0
     # True: (L_h + alpha * avg(L_h) / avg(L_p) * L_p) / (1 + alpha). False: L_h + alpha * L_p.
     cfg.SELFTRAIN.NORMALIZE_LOSS = True
-    # Decay per step of the moving averages of both losses.
+    # Decay per step of the moving averages of both losses, which are bias-corrected.
     cfg.SELFTRAIN.EMA_DECAY = 0.9997
+    # Bound of avg(L_h) / avg(L_p): nearly empty pseudo labels, whose loss goes to zero, are not amplified beyond it.
+    cfg.SELFTRAIN.MAX_LOSS_RATIO = 10.0
     # Joint training: w of L + w * classification loss, L being all that the keys above are about. The paper has 0.5
     # without and 0.2 with self-training (Table 7).
     cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT = 0.5
@@ -160,5 +162,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # What the student (and the control) starts from: "teacher" (the paper's), "random", or a checkpoint.
     # Table 10 compares the first two. A larger student (SELFTRAIN.STUDENT) cannot take the teacher's weights.
     cfg.SELFTRAIN.STUDENT_WEIGHTS = "teacher"
+    # Which stage of the loop a run is: each draws the order of its images, their augmentation and all other random
+    # numbers anew. 0: a teacher; n: the student, and its control, of round n. -1: one more than the stage that the
+    # run's weights (MODEL.WEIGHTS) and pseudo labels come from, 0 where they come from none.
+    cfg.SELFTRAIN.STAGE = -1
     # KEY, VALUE, KEY, VALUE, ... merged into the config for the student's training alone, e.g. its schedule.
     cfg.SELFTRAIN.STUDENT = ()

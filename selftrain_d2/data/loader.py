@@ -22,6 +22,7 @@ from selftrain_d2.data.classification import ClassificationMapper, get_classific
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.pseudo_labels.dataset import PseudoImageDataset, PseudoLabelDataset
+from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ def _from_config(cfg, *, mapper=None, classification_mapper=None):
         "classification_batch_size": cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH,
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "seed": cfg.SEED if cfg.SEED >= 0 else None,
+        "seed": stage_seed(cfg),
     }
 
 

@@ -1,4 +1,4 @@
-"""One source of random numbers for a sample: numpy's, which the loader seeds for each."""
+"""Where random numbers come from: a run's seed, and for a sample numpy's state, which the loader seeds for each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 
 
 @contextlib.contextmanager
@@ -18,3 +19,17 @@ def torch_seeded_by_numpy() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(np.random.randint(2**31)))
         yield
+
+
+def stage_seed(cfg: CfgNode) -> int | None:
+    """The seed of a run: a teacher's is SEED, each later stage's another one that follows from it; None without SEED.
+
+    Were it the same, a student would see its teacher's images again, in the same order and cropped alike.
+
+    Args:
+        cfg: with SELFTRAIN.STAGE; -1 counts as 1 with pseudo labels, as 0 without.
+    """
+    if cfg.SEED < 0:
+        return None
+    stage = cfg.SELFTRAIN.STAGE if cfg.SELFTRAIN.STAGE >= 0 else int(bool(cfg.DATASETS.PSEUDO_TRAIN))
+    return int(np.random.SeedSequence([cfg.SEED, stage]).generate_state(1)[0]) if stage else cfg.SEED

@@ -66,6 +66,8 @@ RULES: dict[str, Rule] = {
     "SOLVER.WARMUP_METHOD": _one_of(lambda: ("constant", "linear")),
     "SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT": _at_least(0.0),
     "SELFTRAIN.MAX_BOXES_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
+    "SELFTRAIN.MAX_LOSS_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
+    "SELFTRAIN.STAGE": _at_least(-1),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": Rule(lambda value: 0 <= value <= 1, lambda: "a share in [0, 1]"),
 }
 

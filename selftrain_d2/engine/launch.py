@@ -26,8 +26,10 @@ from selftrain_d2.data.image_sources import absolute_root
 from selftrain_d2.data.loader import check_registered
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
+from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine.logs import log_to_console, log_to_file
+from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
 from selftrain_d2.errors import InputError, message_in
@@ -187,11 +189,14 @@ def _run(cfg: CfgNode, datasets: Sequence[DatasetSpec]) -> Iterator[None]:
             logging.getLogger("detectron2").info("Environment:\n" + collect_env_info())
             with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
                 file.write(cfg.dump())
-        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+        seed = stage_seed(cfg)
+        # Lower 31 bits: NumPy takes no more than 32.
+        seed_all_rng(None if seed is None else (seed + rank) % 2**31)
         yield
 
 
 def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_unsafe: bool) -> None:
+    cfg = with_stage(cfg, resume)
     with _run(cfg, datasets):
         trainer = SelfTrainingTrainer(cfg, allow_unsafe=allow_unsafe)
         trainer.resume_or_load(resume)

@@ -26,6 +26,7 @@ from selftrain_d2.engine.launch import (
     run_in_processes,
     train,
 )
+from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.summary import write_summary
 from selftrain_d2.engine.tasks import Task
 from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
@@ -51,6 +52,7 @@ _KEYS_WITHOUT_EFFECT = (
     "SELFTRAIN.MIN_NONEMPTY_SHARE",
     "SELFTRAIN.MAX_BOXES_RATIO",
     "SELFTRAIN.STUDENT_WEIGHTS",  # by their hash as well
+    "SELFTRAIN.STAGE",  # the loop's own
     "VERSION",
 )
 
@@ -111,7 +113,7 @@ def self_train(
         stages[f"{prefix}pseudo_labels"] = labels = loop.label(f"{prefix}pseudo_labels", teacher)
         student = loop.train(
             f"{prefix}student",
-            loop.student_config(teacher),
+            loop.student_config(teacher, number),
             pseudo_labels(PSEUDO, labels["folder"], cfg),
         )
         stages[f"{prefix}student"] = teacher = student
@@ -140,7 +142,7 @@ class _Loop:
         allow_unsafe: bool,
         processes: Processes,
     ):
-        self.cfg = cfg
+        self.cfg = with_stage(cfg)
         self.task = task
         self.output = output
         self.classes = classes
@@ -158,8 +160,10 @@ class _Loop:
         self.task.set_number_of_classes(cfg, len(self.classes))
         return cfg
 
-    def student_config(self, teacher: dict[str, Any]) -> CfgNode:
+    def student_config(self, teacher: dict[str, Any], number: int) -> CfgNode:
+        """Of round ``number``, from 1."""
         cfg = self.control_config(teacher)
+        cfg.SELFTRAIN.STAGE = self.cfg.SELFTRAIN.STAGE + number
         cfg.DATASETS.PSEUDO_TRAIN = (PSEUDO,)
         cfg.SOLVER.PSEUDO_IMS_PER_BATCH = self.cfg.SOLVER.PSEUDO_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
         return cfg
@@ -172,6 +176,7 @@ class _Loop:
             check_values(cfg)
         except InputError as error:
             raise InputError(f"SELFTRAIN.STUDENT: {error}") from error
+        cfg.SELFTRAIN.STAGE = self.cfg.SELFTRAIN.STAGE + 1  # the student's human images, in their order
         start = cfg.SELFTRAIN.STUDENT_WEIGHTS
         cfg.MODEL.WEIGHTS = {"teacher": teacher["weights"], "random": ""}.get(start, start)
         return cfg

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.engine.resume import step_seed
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_WEIGHT, add_classification_head
@@ -43,11 +44,11 @@ def save_batch(
     Returns:
         The file's path. It holds tensors, numbers and text: loading it runs no code.
     """
-    rank = comm.get_rank()
+    rank, seed = comm.get_rank(), stage_seed(cfg)
     file = Path(cfg.OUTPUT_DIR) / f"not_finite_step_{step:07d}_rank_{rank}.pth"
     content = {
         "step": step,
-        "seed": None if cfg.SEED < 0 else step_seed(cfg.SEED, step, rank),
+        "seed": None if seed is None else step_seed(seed, step, rank),
         "losses": losses,
         "loss_weights": list(model.loss_weights),
         "positive_anchor_averages": dict(getattr(model, "positive_anchor_averages", {})),

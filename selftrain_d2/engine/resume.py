@@ -31,7 +31,11 @@ class RunState(HookBase):
 
     def before_train(self) -> None:
         if self._loaded:
-            model_of(self.trainer).positive_anchor_averages = dict(self._loaded)
+            # Checkpoints of earlier versions have averages alone.
+            model_of(self.trainer).positive_anchor_averages = {
+                source: (value, 1.0) if isinstance(value, float) else tuple(value)
+                for source, value in self._loaded.items()
+            }
 
     def before_step(self) -> None:
         if self.seed is not None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from selftrain_d2.engine.loss_normalizer import model_of
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source
+from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source, pseudo_labels_in_words
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION, CLASSIFICATION_LOSS
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ class StepTrainer(SimpleTrainer):
 
     The model is one with :class:`~selftrain_d2.modeling.meta_arch.LossesBySource`.
 
-    A loss that is NaN or infinite, in any process, never reaches the weights: the step is left out, up to
-    ``max_skipped_steps`` of them in a run, and the next one raises :class:`NonFiniteLossError` with the step,
+    A loss or a gradient that is NaN or infinite, in any process, never reaches the weights: the step is left out, up
+    to ``max_skipped_steps`` of them in a run, and the next one raises :class:`NonFiniteLossError` with the step,
     the source of the labels, the image files, and the file where the batch was saved (see
-    :mod:`~selftrain_d2.engine.replay`).
+    :mod:`~selftrain_d2.engine.replay`). In float16 gradients are the gradient scaler's business: it leaves out steps
+    of infinite ones itself, as it does in every run until its scale fits.
 
     Args:
         model, data_loader, optimizer: as in SimpleTrainer.
@@ -87,7 +88,7 @@ class StepTrainer(SimpleTrainer):
         buffers = [b.clone() for b in model.buffers()] if self.max_skipped_steps else []
         self.optimizer.zero_grad()
         losses = self._forward_and_backward(batch)
-        if not self._finite_everywhere(losses):
+        if not self._finite_everywhere(losses):  # before any hook or checkpoint sees the gradients
             model.positive_anchor_averages = positive_anchor_averages
             self._leave_out(batch, losses, buffers)
             return
@@ -122,14 +123,21 @@ class StepTrainer(SimpleTrainer):
     # ---- losses that are not finite -------------------------------------------------------------
 
     def _finite_everywhere(self, losses: dict[str, Tensor]) -> bool:
-        """Whether every loss of every process is finite: all processes must go the same way."""
-        total = torch.stack([loss.double() for loss in losses.values()]).sum()
+        """Whether all losses and gradients of every process are finite: all processes must go the same way."""
+        values = [torch.stack([loss.double() for loss in losses.values()]).sum()]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if gradients and not self.grad_scaler.is_enabled():
+            # The largest absolute value of each: a few kernels for all, and one number to wait for.
+            largest = torch._foreach_norm(gradients, float("inf"))
+            values.append(torch.stack([x.double() for x in largest]).sum())
+        total = torch.stack(values).sum()
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
         return math.isfinite(total.item())
 
     def _leave_out(self, batch: list[dict], losses: dict[str, Tensor], buffers: list[Tensor]) -> None:
         model = model_of(self)
+        gradients = self._gradients_in_words()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers):
@@ -138,23 +146,37 @@ class StepTrainer(SimpleTrainer):
         # the same: a launcher passes on what one of them says.
         values = {name: loss.item() for name, loss in losses.items()}
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        report = self._describe(batch, values, wrong) if wrong else ""
+        losses_are_finite = not any(comm.all_gather(bool(wrong)))
+        # Gradients are those of all processes together: where only they are wrong, any batch may be the cause.
+        report = self._describe(batch, values, wrong) if wrong or losses_are_finite else ""
         report = "; ".join(filter(None, comm.all_gather(report)))
+        what = "A loss is not finite"
+        if losses_are_finite:
+            what = f"The losses are finite, but gradients are not ({gradients})"
         poisoned = not all(torch.isfinite(p).all() for p in model.parameters())
         self.skipped_steps += 1
         if poisoned:
             report += (
-                "; the weights were not finite already, so the gradients of an earlier step were not: set "
-                "SOLVER.CLIP_GRADIENTS.ENABLED True or lower SOLVER.BASE_LR"
+                "; the weights were not finite already: start from others, or resume from a checkpoint before this "
+                "step"
             )
         if poisoned or self.skipped_steps > self.max_skipped_steps:
-            raise NonFiniteLossError(f"A loss is not finite {report}.")
+            raise NonFiniteLossError(f"{what} {report}.")
         logger.warning(
-            f"A loss is not finite {report}. The step is left out ({self.skipped_steps} of "
+            f"{what} {report}. The step is left out ({self.skipped_steps} of "
             f"{self.max_skipped_steps} that SOLVER.MAX_SKIPPED_STEPS allows)."
         )
         model.raw_losses = dict.fromkeys(LABEL_SOURCES)  # for LossNormalizer: nothing to learn from this step
         get_event_storage().put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
+
+    def _gradients_in_words(self) -> str:
+        """Names of weights whose gradients are not finite, for a message."""
+        names = [
+            name
+            for name, p in model_of(self).named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        return f"of {len(names)} weights, e.g. {names[0]}" if names else "in another process"
 
     def _describe(self, batch: list[dict], values: dict[str, float], wrong: list[str]) -> str:
         """Where and of which images, for a message."""
@@ -166,12 +188,14 @@ class StepTrainer(SimpleTrainer):
             for sample in batch
             if not sources or sample.get("label_source", "human") in sources
         ]
+        pseudo = f", {pseudo_labels_in_words(model_of(self))}" if raw["pseudo"] is not None else ""
         saved = ""
         if self.save_batch and self.skipped_steps < MAX_SAVED_BATCHES:
             saved = f"; the batch is saved in {self.save_batch(batch, values)}"
         return (
             f"at step {self.iter}, for {' and '.join(sources) or 'all'} labels "
-            f"({', '.join(f'{name} {values[name]}' for name in wrong)}). Images: {', '.join(files)}{saved}"
+            f"({', '.join(f'{name} {values[name]:.6g}' for name in wrong or values)}{pseudo}). "
+            f"Images: {', '.join(files)}{saved}"
         )
 
     # ---- checkpoints ----------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
 from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState
+from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
@@ -54,6 +56,16 @@ class CheckpointFacts:
                 )
 
 
+class Stage(CheckpointFacts):
+    """SELFTRAIN.STAGE; see :func:`~selftrain_d2.engine.stage.with_stage`. A resumed run need not share it."""
+
+    def __init__(self, stage: int):
+        super().__init__({"stage": stage})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 class SelfTrainingTrainer(DefaultTrainer):
     """detectron2's DefaultTrainer for a teacher (no DATASETS.PSEUDO_TRAIN) or a student.
 
@@ -72,7 +84,7 @@ class SelfTrainingTrainer(DefaultTrainer):
         """
         # DefaultTrainer.__init__ with our checkpointer, which its hooks must already meet.
         super(DefaultTrainer, self).__init__()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = with_stage(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         model = self.build_model(cfg)
         classes = classification_classes(cfg)
         if classes:  # here, not in build_model: only training needs the head
@@ -99,6 +111,7 @@ class SelfTrainingTrainer(DefaultTrainer):
         # A teacher knows what it detects, and how its images were normalized.
         self._facts = {
             "classes": CheckpointFacts({"thing_classes": list(class_names(cfg.DATASETS.TRAIN[0]) or [])}),
+            "stage": Stage(cfg.SELFTRAIN.STAGE),
             "classification": CheckpointFacts({"classification_classes": classes}),
             "input": CheckpointFacts(
                 {
@@ -142,7 +155,7 @@ class SelfTrainingTrainer(DefaultTrainer):
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
             for hook in super().build_hooks()
         ]
-        return [*first, *default, RunState(cfg.SEED if cfg.SEED >= 0 else None)]
+        return [*first, *default, RunState(stage_seed(cfg))]
 
     def after_train(self) -> None:
         super().after_train()
@@ -194,7 +207,9 @@ class SelfTrainingTrainer(DefaultTrainer):
 def build_loss_normalizer(cfg: CfgNode) -> LossNormalizer:
     """The hook that a config describes (keys SELFTRAIN.*)."""
     keys = cfg.SELFTRAIN
-    return LossNormalizer(keys.ALPHA, keys.EMA_DECAY, keys.NORMALIZE_LOSS, keys.ALPHA_WARMUP_ITERS)
+    return LossNormalizer(
+        keys.ALPHA, keys.EMA_DECAY, keys.NORMALIZE_LOSS, keys.ALPHA_WARMUP_ITERS, keys.MAX_LOSS_RATIO
+    )
 
 
 def amp_precision(cfg: CfgNode) -> torch.dtype:

@@ -104,9 +104,27 @@ class LossesBySource:
         """The architecture's unweighted losses by name, of each source that a training batch has."""
         losses = {}
         for source, index in by_source(batched_inputs).items():
+            samples = [batched_inputs[i] for i in index]
+            nothing_valid = self.all_pixels_are_ignored(samples)
+            if nothing_valid:
+                samples = [{**x, "sem_seg": torch.zeros_like(x["sem_seg"])} for x in samples]
             with get_event_storage().name_scope(source):
-                losses[source] = super().forward([batched_inputs[i] for i in index])
+                losses[source] = super().forward(samples)
+            if nothing_valid:
+                losses[source] = without_pixel_losses(losses[source])
         return losses
+
+    def all_pixels_are_ignored(self, samples: Sequence[dict]) -> bool:
+        """Whether samples have masks and no mask has a valid pixel.
+
+        Heads that average over valid pixels (detectron2's SemSegFPNHead) would give NaN. They are given a mask of class
+        0 instead, and :func:`without_pixel_losses` takes its loss away: gradients of zero, for every parameter.
+        """
+        return all("sem_seg" in x and not self._valid_pixel_share(x) for x in samples)
+
+    def _valid_pixel_share(self, sample: dict) -> float:
+        ignored = getattr(getattr(self, "sem_seg_head", None), "ignore_value", 255)
+        return (sample["sem_seg"] != ignored).float().mean().item()
 
     def _classification_losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         samples = [x for x in batched_inputs if x.get("label_source") == CLASSIFICATION]
@@ -139,13 +157,12 @@ class LossesBySource:
     def _count_labels(self, batched_inputs: Sequence[dict]) -> None:
         if not self._passes:  # the first or only pass of a step
             self.label_counts = no_labels()
-        ignored = getattr(getattr(self, "sem_seg_head", None), "ignore_value", 255)
         for sample in batched_inputs:
             source = sample.get("label_source", "human")
             if "instances" in sample:
                 self.label_counts["boxes"][source].add(len(sample["instances"]))
             if "sem_seg" in sample:
-                self.label_counts["pixels"][source].add((sample["sem_seg"] != ignored).float().mean().item())
+                self.label_counts["pixels"][source].add(self._valid_pixel_share(sample))
 
     @contextlib.contextmanager
     def one_step(self, batches: Sequence[list[dict]]) -> Iterator[None]:
@@ -179,6 +196,30 @@ def by_source(batched_inputs: Sequence[dict]) -> dict[str, list[int]]:
         for source in (*LABEL_SOURCES, CLASSIFICATION)
         if source in sources
     }
+
+
+def as_slice(index: list[int]) -> slice | list[int]:
+    """Positions that follow each other as a slice: a tensor is not copied for it."""
+    return slice(index[0], index[-1] + 1) if index == list(range(index[0], index[-1] + 1)) else index
+
+
+def without_pixel_losses(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses by name, those of a semantic segmentation head (``loss_sem_seg``) times zero."""
+    return {name: loss * 0.0 if "sem_seg" in name else loss for name, loss in losses.items()}
+
+
+def pseudo_labels_in_words(model: nn.Module) -> str:
+    """How much the pseudo-labeled images of a model's last step are labeled, e.g. "1 box on 10 images"."""
+    counts = getattr(model, "label_counts", no_labels())
+    boxes, pixels = (counts[kind]["pseudo"] for kind in LABEL_KINDS)
+    if pixels.images and not boxes.images:
+        images = _number(pixels.images, "image", "images")
+        return f"{pixels.labels / pixels.images:.2%} of the pixels of {images} have a class"
+    return f"{_number(round(boxes.labels), 'box', 'boxes')} on {_number(boxes.images, 'image', 'images')}"
+
+
+def _number(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _register(architecture: type[nn.Module]) -> type[nn.Module]:

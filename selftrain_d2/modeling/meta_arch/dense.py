@@ -12,7 +12,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, LossesBySource, by_source
+from selftrain_d2.modeling.meta_arch.by_source import (
+    LABEL_SOURCES,
+    LossesBySource,
+    as_slice,
+    by_source,
+)
 from selftrain_d2.modeling.meta_arch.classification import without_classification
 
 
@@ -22,19 +27,24 @@ class DenseLossesBySource(LossesBySource):
     The whole batch goes through backbone and head at once, so batch norm sees the mixed batch as in the
     paper; then each source's predictions have losses of their own.
 
-    Losses are divided by a number of positive anchors: detectron2's moving average, kept for each source, or
-    1 + the number of the step ([TF]). Both count the whole step, over all processes and all accumulated
+    Losses are divided by a number of positive anchors: detectron2's moving average, or 1 + the number of the step
+    ([TF]), each kept for each source. Both count the whole step, over all processes and all accumulated
     batches: 2 processes of b images give the losses of 1 process of 2b. (detectron2 counts for each process.)
+
+    detectron2's average starts at a guess (100, FCOS 300), which for a while makes the loss of a source with many
+    positive anchors too large against that of one with few. So where there are pseudo labels the averages have no
+    start value (bias-corrected); without pseudo labels they are detectron2's.
 
     Attributes:
         normalize_by_batch: 1 + the number of the step, in place of the moving average.
-        positive_anchor_averages: the moving average of each source seen so far.
+        positive_anchor_averages: of each source seen so far, the decayed sum of its numbers of positive anchors, and of
+            their weights; the average is the first over the second.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.normalize_by_batch = False
-        self.positive_anchor_averages: dict[str, float] = {}
+        self.positive_anchor_averages: dict[str, tuple[float, float]] = {}
         # Of the current step: positive anchors of each source if known in advance, and the normalizers in use.
         self._positives: dict[str, float] = {}
         self._normalizers: dict[str, float] = {}
@@ -59,7 +69,8 @@ class DenseLossesBySource(LossesBySource):
         losses = {}
         for source, index in self._sources.items():
             self._source = source
-            part = [[level[index] for level in prediction] for prediction in predictions]
+            images_of_source = as_slice(index)
+            part = [[level[images_of_source] for level in prediction] for prediction in predictions]
             with get_event_storage().name_scope(source):
                 losses[source] = super().forward_training(
                     images, features, part, [gt_instances[i] for i in index]
@@ -85,9 +96,13 @@ class DenseLossesBySource(LossesBySource):
             if self.normalize_by_batch:
                 self._normalizers[self._source] = positives + 1
             else:
-                old = self.positive_anchor_averages.get(self._source, initial_value)
-                new = old * momentum + max(positives, 1) * (1 - momentum)
-                self._normalizers[self._source] = self.positive_anchor_averages[self._source] = new
+                # A start value has the weight 1 that all weights sum up to; without one they sum up to less.
+                start = (0.0, 0.0) if "pseudo" in self._sources else (initial_value, 1.0)
+                total, weight = self.positive_anchor_averages.get(self._source, start)
+                total = total * momentum + max(positives, 1) * (1 - momentum)
+                weight = weight * momentum + (1 - momentum)
+                self.positive_anchor_averages[self._source] = (total, weight)
+                self._normalizers[self._source] = total / weight
         # Gradients are averaged over processes, and losses over the passes of a step.
         return self._normalizers[self._source] / comm.get_world_size() / self._number_of_passes
 
@@ -118,7 +133,12 @@ class DenseLossesBySource(LossesBySource):
 
     def _anchors_of(self, batch: list[dict]) -> list[Boxes]:
         """The anchors that the detector will have for a batch: they depend on its padded size alone."""
-        height, width = self.preprocess_image(batch).tensor.shape[-2:]
+        # Their shapes alone: no image is normalized for that.
+        images = [torch.empty(x["image"].shape, device="meta") for x in batch]
+        padded = ImageList.from_tensors(
+            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+        )
+        height, width = padded.tensor.shape[-2:]
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
         features = [

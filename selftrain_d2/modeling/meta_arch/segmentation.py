@@ -20,7 +20,12 @@ from torch.nn import functional as F
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone.norm import configured_norm
-from selftrain_d2.modeling.meta_arch.by_source import LossesBySource, by_source
+from selftrain_d2.modeling.meta_arch.by_source import (
+    LossesBySource,
+    as_slice,
+    by_source,
+    without_pixel_losses,
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,8 +50,14 @@ class SelfTrainingSegmentor(LossesBySource, SemanticSegmentor):
         targets = self._padded(targets, self.sem_seg_head.ignore_value)
         losses = {}
         for source, index in by_source(batched_inputs).items():
+            part = as_slice(index)
+            nothing_valid = self.all_pixels_are_ignored([batched_inputs[i] for i in index])
             with get_event_storage().name_scope(source):
-                losses[source] = self.sem_seg_head.losses(predictions[index], targets[index])
+                losses[source] = self.sem_seg_head.losses(
+                    predictions[part], torch.zeros_like(targets[part]) if nothing_valid else targets[part]
+                )
+            if nothing_valid:
+                losses[source] = without_pixel_losses(losses[source])
         return losses
 
     def _padded(self, tensors: list[Tensor], value: float) -> Tensor:

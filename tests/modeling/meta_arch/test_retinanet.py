@@ -48,6 +48,7 @@ def _forward(model, batch):
 def test_mixed_batch_gives_the_losses_of_each_source_alone(model):
     """With batch norm frozen, each source's loss is RetinaNet's loss of that source's images."""
     model.backbone.eval()
+    model.normalize_by_batch = True  # an average of one step, as it is without a start value
     batch = _batch(["human", "pseudo", "pseudo", "human", "pseudo"])
     model.loss_weights = (0.25, 3.0)
     mixed = _forward(copy.deepcopy(model), batch)
@@ -112,13 +113,40 @@ def test_raw_losses_are_unweighted_and_detached(model):
 
 
 def test_positive_anchors_of_each_source_are_averaged_apart(model):
-    """Ten steps move each average as RetinaNet's own would move, once a step."""
+    """Each average moves once a step and has no start value: losses are divided by the positives from step 1 on."""
     batch = _batch(["human", "human", "human", "pseudo"])  # the pseudo image has no box
+    model.normalize_by_batch = True
+    by_batch = _forward(model, batch)
+    positives = model._normalizers["human"] - 1
+    assert positives > 1
+    model.normalize_by_batch = False
     for _ in range(10):
-        _forward(model, batch)
-    # max(number of positives, 1) = 1 at every step, from 100, momentum 0.9
-    assert model.positive_anchor_averages["pseudo"] == pytest.approx(1 + 99 * 0.9**10)
-    assert model.positive_anchor_averages["human"] > model.positive_anchor_averages["pseudo"]
+        losses = _forward(model, batch)
+        # max(number of positives, 1) = 1 of the pseudo image, 1 + the number in `by_batch`
+        torch.testing.assert_close(losses["loss_cls_pseudo"], by_batch["loss_cls_pseudo"], rtol=0.1, atol=0)
+        averages = {
+            source: total / weight for source, (total, weight) in model.positive_anchor_averages.items()
+        }
+        assert averages == pytest.approx({"human": positives, "pseudo": 1.0})
+
+
+def test_a_start_value_of_detectron2_does_not_shift_the_ratio_of_sources(model):
+    """Equal losses a positive anchor, 800 human and 200 pseudo ones: equal losses of the sources, at every step."""
+    model._sources = {"human": [0], "pseudo": [1]}
+    for _ in range(3):
+        model._normalizers, model._positives = {}, {"human": 800, "pseudo": 200}
+        losses = {}
+        for source, positives in model._positives.items():
+            model._source = source
+            losses[source] = positives * 0.5 / model._ema_update("loss_normalizer", positives, 100)
+        assert losses["human"] / losses["pseudo"] == pytest.approx(
+            1.0
+        )  # 2.59 at step 1 with detectron2's 100
+    # Without pseudo labels the numbers are detectron2's.
+    model._sources, model.positive_anchor_averages, model._source = {"human": [0]}, {}, "human"
+    for step in range(1, 4):
+        model._normalizers, model._positives = {}, {"human": 800}
+        assert model._ema_update("loss_normalizer", 800, 100) == pytest.approx(800 - 700 * 0.9**step)
 
 
 def test_weights_of_a_plain_retinanet_fit(model, small_config):

@@ -287,6 +287,32 @@ def coloured_pictures(size=64):
     return batch
 
 
+@pytest.mark.parametrize("architecture", ["SelfTrainingSegmentor", "SelfTrainingSemanticSegmentor"])
+@pytest.mark.parametrize("ignored", ["human", "pseudo"])
+def test_a_source_without_a_valid_pixel_contributes_zero(architecture, ignored):
+    """detectron2's head averages over valid pixels: of none that is NaN, in the loss and in every gradient."""
+    torch.manual_seed(0)
+    cfg = make_config("FrozenBN", architecture)
+    cfg.MODEL.SEM_SEG_HEAD.NAME, cfg.MODEL.SEM_SEG_HEAD.NORM = "SemSegFPNHead", "GN"
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM, cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = 32, ["p3", "p4", "p5"]
+    model = build_model(cfg).train()
+    model.loss_weights = (1.0, 2.0)
+    batch = coloured_pictures()
+    for sample, source in zip(batch, ("human", "pseudo")):
+        sample["label_source"] = source
+        if source == ignored:
+            sample["sem_seg"] = torch.full_like(sample["sem_seg"], IGNORE)
+    with EventStorage():
+        losses = model(batch)
+    assert losses[f"loss_sem_seg_{ignored}"] == 0 and model.raw_losses[ignored] == 0
+    (other,) = {"human", "pseudo"} - {ignored}
+    assert losses[f"loss_sem_seg_{other}"] > 0.1
+    assert model.label_counts["pixels"][ignored].labels == 0
+    sum(losses.values()).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(g).all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
 def test_it_learns_two_pictures_and_is_evaluated(tmp_path):
     torch.manual_seed(0)
     cfg = make_config()
