@@ -30,6 +30,7 @@ setup(
         "Pillow",
         "pyarrow",
         "pycocotools",
+        "scipy",
         "tqdm",
     ],
     extras_require={

@@ -121,3 +121,25 @@ def test_every_command_explains_itself(capsys):
         assert stop.value.code == 0
         assert f"selftrain-d2 {name}" in capsys.readouterr().out
     assert main(["no-such-command"]) == 2
+    assert "unknown command 'no-such-command'" in capsys.readouterr().err
+
+
+def test_the_overview_has_a_line_for_each_command_and_fits_a_terminal(capsys):
+    from selftrain_d2.cli import COMMANDS, GROUPS, main
+
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(f"{title}:" in lines for title in GROUPS)
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert len(line.split()) > 4 and line.endswith(".") and len(line) <= 140
+    assert main([]) == 2 and capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("module", ["selftrain_d2", "selftrain_d2.cli"])
+def test_as_a_module_it_tells_its_version(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"selftrain_d2 {selftrain_d2.__version__} (detectron2 ")
+    assert "torch 2" in done.stdout

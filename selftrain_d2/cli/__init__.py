@@ -8,33 +8,52 @@ which prints that plan and does nothing.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import detectron2
+import torch
+import torchvision
+
+from selftrain_d2 import __version__
 from selftrain_d2.errors import InputError, message_in
 
-# Name on the command line -> module in this package. Imported only when called: a command starts fast.
-COMMANDS = {
-    "train": "train_net",
-    "label": "generate_pseudo_labels",
-    "export": "export_pseudo_labels",
-    "import": "import_pseudo_labels",
-    "self-train": "self_train",
-    "inspect": "inspect_pseudo_labels",
-    "replay": "replay_batch",
-    "plot-metrics": "plot_metrics",
-    "convert": "convert_weights",
-    "pretrain-simclr": "pretrain_simclr",
-    "splits": "make_splits",
-    "prepare-neon-trees": "prepare_neon_trees",
-    "prepare-aerial-digits": "prepare_aerial_digits",
-    "prepare-digit-classes": "prepare_digit_classes",
-    "visualize-augmentations": "visualize_augmentations",
-    "grid": "run_grid",
-    "report": "report",
-    "benchmark": "benchmark",
+# Groups of commands: name on the command line -> module in this package. Imported only when called: a command starts
+# fast.
+GROUPS = {
+    "The loop": {
+        "self-train": "self_train",
+        "train": "train_net",
+        "label": "generate_pseudo_labels",
+    },
+    "Labels": {
+        "splits": "make_splits",
+        "export": "export_pseudo_labels",
+        "import": "import_pseudo_labels",
+    },
+    "Looking": {
+        "inspect": "inspect_pseudo_labels",
+        "visualize-augmentations": "visualize_augmentations",
+        "plot-metrics": "plot_metrics",
+        "replay": "replay_batch",
+    },
+    "Weights": {
+        "convert": "convert_weights",
+        "pretrain-simclr": "pretrain_simclr",
+    },
+    "Experiments": {
+        "grid": "run_grid",
+        "report": "report",
+        "benchmark": "benchmark",
+        "prepare-neon-trees": "prepare_neon_trees",
+        "prepare-aerial-digits": "prepare_aerial_digits",
+        "prepare-digit-classes": "prepare_digit_classes",
+    },
 }
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 _DRY_RUN = (
     "check all that can be checked without images, weights and GPU, say what would be done and which files are "
@@ -53,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         on standard error); 130 when interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(_version())
+        return 0
     if not argv or argv[0] not in COMMANDS:
         wanted = not argv or argv[0] in ("-h", "--help")
         print(_overview(), file=sys.stdout if wanted else sys.stderr)
@@ -90,6 +112,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = ["usage: selftrain-d2 COMMAND [--help] ...", "", "commands:"]
-    lines += [f"  {name}" for name in COMMANDS]
+    lines = ["usage: selftrain-d2 COMMAND [--help] ...", "       selftrain-d2 --version"]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [
+            f"  {name:<{max(map(len, COMMANDS))}}  {_first_line(module)}" for name, module in commands.items()
+        ]
     return "\n".join(lines)
+
+
+def _first_line(module: str) -> str:
+    """Of a command's docstring, read without importing it."""
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).splitlines()[0]
+
+
+def _version() -> str:
+    needed = ", ".join(
+        f"{package.__name__} {package.__version__}" for package in (detectron2, torch, torchvision)
+    )
+    return f"selftrain_d2 {__version__} ({needed})"

@@ -1,4 +1,4 @@
-"""Look at a batch whose loss was not finite.
+"""Look at a batch whose loss or gradient was not finite.
 
 Training saves such a batch as OUTPUT_DIR/not_finite_step_*.pth. This repeats its forward and backward pass with
 the weights of that step, and says where it goes wrong: in which module, from which images.

@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy import stats
+
 CONFIDENCE = 0.95
 
 
@@ -44,7 +46,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     if number < 2:
         return Interval(mean, None, number)
     error = statistics.stdev(values) / math.sqrt(number)
-    return Interval(mean, t_quantile(confidence, number - 1) * error, number)
+    return Interval(mean, float(stats.t.ppf((1 + confidence) / 2, number - 1)) * error, number)
 
 
 def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTest:
@@ -60,40 +62,4 @@ def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTes
     if deviation <= 1e-12 * max(map(abs, differences)):
         return PairedTest(interval, None)
     t = interval.mean / (deviation / math.sqrt(len(differences)))
-    return PairedTest(interval, 1 - t_probability(abs(t), len(differences) - 1))
-
-
-def t_probability(t: float, degrees: int) -> float:
-    """P(\\|T\\| <= t) of Student's t distribution, in closed form.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4: a finite sum in the angle
-    arctan(t / sqrt(degrees)).
-
-    Args:
-        t: not negative; may be infinite.
-        degrees: degrees of freedom, a whole number from 1.
-    """
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for power in range(2 + odd, degrees + 1, 2):  # the terms cos^(power - 2), each from the one before
-        total += term
-        term *= cosine**2 * (power - 1) / power
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """The t with P(\\|T\\| <= t) = probability, by bisection to full precision.
-
-    Args:
-        probability: in (0, 1).
-        degrees: as in :func:`t_probability`.
-    """
-    low, high = 0.0, 1.0
-    while t_probability(high, degrees) < probability:
-        high *= 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
-    return high
+    return PairedTest(interval, float(2 * stats.t.sf(abs(t), len(differences) - 1)))
