@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["selftrain_d2", "selftrain_d2.*"]), "selftrain_d2.configs"],
     package_dir={"selftrain_d2.configs": "configs"},
     package_data={
-        "selftrain_d2": ["py.typed", "labeling/inspection/*.jinja"],
+        "selftrain_d2": ["py.typed", "inspection/*.jinja"],
         "selftrain_d2.configs": ["*.yaml", "**/*.yaml"],
     },
     # torch, torchvision and detectron2 are the user's own: never required or pinned here.

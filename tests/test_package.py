@@ -20,8 +20,9 @@ ALLOWED = {
     "data": {"errors", "files"},
     "modeling": {"errors", "files"},
     "labeling": {"errors", "files", "data", "modeling"},
-    "engine": {"errors", "files", "config", "data", "modeling", "labeling"},
-    "experiments": {"errors", "files", "config", "data", "modeling", "labeling", "engine"},
+    "inspection": {"errors", "files", "data", "labeling"},
+    "engine": {"errors", "files", "config", "data", "modeling", "labeling", "inspection"},
+    "experiments": {"errors", "files", "config", "data", "modeling", "labeling", "inspection", "engine"},
 }
 
 

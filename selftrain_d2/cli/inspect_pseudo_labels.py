@@ -14,10 +14,10 @@ from pathlib import Path
 
 from selftrain_d2.data.pseudo_labels.manifest import kind_of, read_manifest
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.inspection.inspect import inspect_labels
-from selftrain_d2.labeling.inspection.report import REPORT, config_words, write_report
-from selftrain_d2.labeling.mask_report import REPORT as MASK_REPORT
-from selftrain_d2.labeling.mask_report import write_mask_report
+from selftrain_d2.inspection.box_report import REPORT, config_words, write_report
+from selftrain_d2.inspection.inspect import inspect_labels
+from selftrain_d2.inspection.mask_report import REPORT as MASK_REPORT
+from selftrain_d2.inspection.mask_report import write_mask_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

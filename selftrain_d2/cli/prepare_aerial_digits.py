@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from selftrain_d2.data.prepared.aerial_digits import prepare_aerial_digits
 from selftrain_d2.errors import InputError
+from selftrain_d2.experiments.datasets.aerial_digits import prepare_aerial_digits
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 2
 SHEET_CELL = 256  # pixels

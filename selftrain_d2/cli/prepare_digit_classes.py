@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selftrain_d2.data.prepared.digit_classes import prepare_digit_classes
+from selftrain_d2.experiments.datasets.digit_classes import prepare_digit_classes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selftrain_d2.data.prepared.neon_trees import prepare_neon_trees
+from selftrain_d2.experiments.datasets.neon_trees import prepare_neon_trees
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from selftrain_d2.data.prepared.folder import find_manifest, prepare_folder, write_manifest
+from selftrain_d2.data.prepared_folder import find_manifest, prepare_folder, write_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json
 

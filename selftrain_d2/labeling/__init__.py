@@ -1,1 +1,1 @@
-"""The teacher at work, and how good its labels are."""
+"""The teacher at work: it writes pseudo labels."""

@@ -20,7 +20,7 @@ from selftrain_d2.data.loader import use_one_thread
 from selftrain_d2.data.mapper import image_to_tensor, read_image
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.test_time_augmentation import build_merge, mirrored, view_augmentations, views
+from selftrain_d2.labeling.views import build_merge, mirrored, view_augmentations, views
 
 #: Batches that may be under way at once, so that images of one shape find each other.
 LOOK_AHEAD = 8

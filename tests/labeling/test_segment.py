@@ -22,7 +22,7 @@ from selftrain_d2.labeling.segment import (
     mean_probabilities,
     resized_rows,
 )
-from selftrain_d2.labeling.test_time_augmentation import view_augmentations
+from selftrain_d2.labeling.views import view_augmentations
 
 SIDES = st.integers(1, 40)
 

@@ -19,13 +19,14 @@ from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.quality import (
+from selftrain_d2.inspection.box_quality import (
     QualityRow,
     average_precision,
     markdown_table,
     precision_recall_by_threshold,
 )
-from selftrain_d2.labeling.visualize import contact_sheet, precision_recall_plot
+from selftrain_d2.inspection.box_quality_plot import precision_recall_plot
+from selftrain_d2.inspection.box_sheet import contact_sheet
 from selftrain_d2.modeling.checkpoint import file_sha256
 
 PRECISION_RECALL = "precision_recall.png"

@@ -22,13 +22,13 @@ from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.mask_quality import (
+from selftrain_d2.inspection.mask_quality import (
     DEFAULT_THRESHOLDS,
     MaskQualityRow,
     markdown_table,
     mask_quality,
 )
-from selftrain_d2.labeling.mask_sheet import mask_contact_sheet
+from selftrain_d2.inspection.mask_sheet import mask_contact_sheet
 from selftrain_d2.modeling.checkpoint import file_sha256
 
 

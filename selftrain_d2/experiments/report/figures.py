@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from selftrain_d2.experiments.grid.definition import Scalar
 from selftrain_d2.experiments.report.figure_spec import Figure, is_number
 from selftrain_d2.experiments.report.series import Line
-from selftrain_d2.labeling.style import BLUE, GREEN, GREY, ORANGE, SKY_BLUE, THEMES
+from selftrain_d2.inspection.style import BLUE, GREEN, GREY, ORANGE, SKY_BLUE, THEMES
 
 _COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", SKY_BLUE, "#000000")
 _SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker

@@ -1,1 +1,0 @@
-"""Real imagery made from packages on PyPI: aerial trees, and digits on aerial photographs."""

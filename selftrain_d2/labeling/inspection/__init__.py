@@ -1,1 +1,0 @@
-"""The report that pseudo labels are judged by."""

@@ -1,0 +1,215 @@
+"""Test-time augmentation, with a detector that sees painted rectangles and nothing else."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco_set, small_rcnn_config
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+
+from selftrain_d2 import InputError, generate_pseudo_labels, load_pseudo_labels
+from selftrain_d2.data.image_sources import list_images
+from selftrain_d2.labeling.inference import Teacher, read_ahead
+from selftrain_d2.labeling.views import mirrored, view_augmentations
+
+
+class PaintDetector(torch.nn.Module):
+    """Finds one red and one green rectangle by their colours, in the pixels that it is given.
+
+    It is blind to what lies in the right half of what it sees, and to what is narrower than 12 pixels
+    there. Its score is the higher, the larger the image: 0.5 at 96 pixels of width.
+    """
+
+    def __init__(self, cfg=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.widths = []
+
+    def forward(self, inputs):
+        self.widths.append(inputs[0]["image"].shape[2])
+        return [{"instances": self._one(**sample)} for sample in inputs]
+
+    @staticmethod
+    def _one(image, height, width):
+        boxes, classes = [], []
+        for category, channel in enumerate((0, 1)):  # RGB
+            # What is grey is no colour.
+            rows, columns = torch.nonzero(image[channel].int() - image[2].int() > 127, as_tuple=True)
+            if len(rows):
+                box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                if box[0] + box[2] < image.shape[2] and box[2] - box[0] >= 12:
+                    boxes.append(box)
+                    classes.append(category)
+        found = Instances(tuple(image.shape[1:]))
+        found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+        found.scores = torch.full((len(boxes),), 0.4 + 0.1 * image.shape[2] / 96)
+        found.pred_classes = torch.tensor(classes, dtype=torch.long)
+        return detector_postprocess(found, height, width)
+
+
+@pytest.fixture
+def painted(tmp_path):
+    """Red at the left and small, green at the right and large."""
+    pixels = np.zeros((72, 96, 3), np.uint8)
+    pixels[16:40, 8:16, 2] = 255
+    pixels[24:64, 56:88, 1] = 255
+    (tmp_path / "painted").mkdir()
+    cv2.imwrite(str(tmp_path / "painted" / "a.png"), pixels)
+    return tmp_path / "painted"
+
+
+RED, GREEN = [8, 16, 16, 40], [56, 24, 88, 64]
+
+
+@pytest.fixture
+def config(small_config, tmp_path):
+    if "PaintDetector" not in META_ARCH_REGISTRY:
+        META_ARCH_REGISTRY.register(PaintDetector)
+    small_config.MODEL.META_ARCHITECTURE = "PaintDetector"
+    small_config.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save({"model": PaintDetector().state_dict()}, small_config.MODEL.WEIGHTS)
+    return small_config
+
+
+@pytest.mark.parametrize(
+    ("flip", "scales", "expected"),
+    [
+        (False, (1.0,), {}),
+        (True, (1.0,), {1: (GREEN, 0.5)}),
+        (False, (2.0,), {0: (RED, 0.6)}),
+        (False, (0.5, 1.0, 2.0), {0: (RED, 0.6)}),
+        (True, (2.0, 0.5), {0: (RED, 0.6), 1: (GREEN, 0.6)}),
+        (True, (1.5, 1.0), {0: (RED, 0.55), 1: (GREEN, 0.55)}),
+    ],
+)
+def test_boxes_of_all_views_come_back_to_their_places(config, painted, tmp_path, flip, scales, expected):
+    """Each object once, where it was painted, with the score of the best view that saw it."""
+    config.SELFTRAIN.TTA.FLIP, config.SELFTRAIN.TTA.SCALES = flip, scales
+    generate_pseudo_labels(config, painted, ["a.png"], tmp_path / "labels", thing_classes=["red", "green"])
+    (found,) = load_pseudo_labels(tmp_path / "labels", 0.05)
+    assert sorted(a["category_id"] for a in found["annotations"]) == sorted(expected)
+    for annotation in found["annotations"]:
+        box, score = expected[annotation["category_id"]]
+        np.testing.assert_allclose(annotation["bbox"], box, atol=1)
+        assert annotation["score"] == pytest.approx(score, abs=1e-6)
+
+
+def _merged(config, painted, **keys):
+    for key, value in keys.items():
+        config.merge_from_list([key.replace("__", "."), value])
+    detector = PaintDetector()
+    samples = list(read_ahead(config, str(painted), ["a.png"], 1))
+    return Teacher(config, detector)(samples)[0], detector
+
+
+def test_every_view_is_seen_at_its_size(config, painted):
+    _, detector = _merged(config, painted, SELFTRAIN__TTA__FLIP=True, SELFTRAIN__TTA__SCALES=(1.0, 0.5))
+    assert detector.widths == [96, 96, 48, 48]
+
+
+def test_no_more_than_the_detectors_own_limit(config, painted):
+    keys = {"SELFTRAIN__TTA__FLIP": True, "SELFTRAIN__TTA__SCALES": (2.0,)}
+    assert len(_merged(config, painted, **keys)[0]) == 2
+    assert len(_merged(config, painted, TEST__DETECTIONS_PER_IMAGE=1, **keys)[0]) == 1
+
+
+def test_soft_nms_keeps_what_nms_would_drop_at_a_lower_score(config, painted):
+    """Green is seen at scales 1 and 2, mirrored: the same box with scores 0.5 and 0.6."""
+    keys = {"SELFTRAIN__TTA__FLIP": True, "SELFTRAIN__TTA__SCALES": (1.0, 2.0)}
+    merged, _ = _merged(config, painted, MODEL__RETINANET__SOFT_NMS_SIGMA=0.5, **keys)
+    green = merged[merged.pred_classes == 1]
+    np.testing.assert_allclose(green.scores, [0.6, 0.5 * np.exp(-1 / 0.5)], rtol=1e-5)
+    np.testing.assert_allclose(green.pred_boxes.tensor, [GREEN, GREEN], atol=1e-4)
+    merged, _ = _merged(config, painted, MODEL__RETINANET__SCORE_THRESH_TEST=0.1, **keys)
+    assert (merged.pred_classes == 1).sum() == 1
+
+
+def test_mirroring_twice_changes_nothing():
+    instances = Instances((5, 7), pred_boxes=Boxes(torch.tensor([[1.0, 2, 3, 4]])), scores=torch.ones(1))
+    instances.pred_masks = torch.zeros(1, 5, 7, dtype=torch.bool)
+    instances.pred_masks[0, 2:4, 1:3] = True
+    once = mirrored(instances)
+    assert once.pred_boxes.tensor.tolist() == [[4, 2, 6, 4]]
+    assert once.pred_masks[0].nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
+    twice = mirrored(once)
+    assert torch.equal(twice.pred_boxes.tensor, instances.pred_boxes.tensor)
+    assert torch.equal(twice.pred_masks, instances.pred_masks)
+
+
+def _random_retinanet(config):
+    torch.manual_seed(0)
+    config.MODEL.META_ARCHITECTURE = "SelfTrainingRetinaNet"
+    config.MODEL.RETINANET.SCORE_THRESH_TEST = 0.05
+    model = build_model(config)
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.5)
+    torch.nn.init.constant_(model.head.cls_score.bias, -1.0)
+    return config, model
+
+
+def _random_mask_rcnn(config):
+    torch.manual_seed(1)
+    config = small_rcnn_config(
+        "GeneralizedRCNN",
+        MODEL__MASK_ON="True",
+        INPUT__AUGMENTATION__IMAGE_SIZE="96",
+        DATALOADER__NUM_WORKERS="0",
+    )
+    return config, build_model(config)
+
+
+@pytest.mark.parametrize("build", [_random_retinanet, _random_mask_rcnn])
+def test_a_mirrored_image_has_mirrored_labels(small_config, tmp_path, build):
+    """Not so for a detector alone; with FLIP both are the same two views."""
+    config, model = build(small_config)
+    photos = make_coco_set(tmp_path / "photos", 1, seed=2).images
+    cv2.imwrite(f"{photos}/mirrored.png", cv2.imread(f"{photos}/001.png")[:, ::-1])
+
+    def detect():
+        samples = read_ahead(config, photos, ["001.png", "mirrored.png"], 2)
+        return Teacher(config, model)(list(samples))
+
+    config.SELFTRAIN.TTA.FLIP = True
+    plain, image = detect()
+    image = mirrored(image)
+    assert len(plain) == len(image) > 5
+    np.testing.assert_allclose(plain.scores, image.scores, atol=1e-5)
+    # Boxes of equal score may change places: each must be somewhere in the other.
+    distance = (plain.pred_boxes.tensor[:, None] - image.pred_boxes.tensor).abs().amax(dim=2)
+    assert (distance.amin(dim=0) < 0.01).all() and (distance.amin(dim=1) < 0.01).all()
+    if plain.has("pred_masks"):
+        same = image.pred_masks[distance.argmin(dim=1)]
+        assert plain.pred_masks.any() and (plain.pred_masks != same).float().mean() < 0.01
+    config.SELFTRAIN.TTA.FLIP = False
+    plain, image = detect()
+    assert len(plain) != len(image) or not np.allclose(plain.scores, image.scores, atol=1e-5)
+
+
+def test_empty_views(config, tmp_path):
+    cv2.imwrite(str(tmp_path / "black.png"), np.zeros((40, 50, 3), np.uint8))
+    config.SELFTRAIN.TTA.FLIP = True
+    samples = list(read_ahead(config, str(tmp_path), ["black.png"], 1))
+    assert len(Teacher(config, PaintDetector())(samples)[0]) == 0
+
+
+@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (1.0, 1.0), (float("nan"),), (float("inf"),)])
+def test_impossible_scales(small_config, scales):
+    small_config.SELFTRAIN.TTA.SCALES = scales
+    with pytest.raises(InputError, match=r"SELFTRAIN\.TTA\.SCALES"):
+        view_augmentations(small_config)
+
+
+def test_folders_labeled_with_and_without_do_not_mix(config, painted, tmp_path):
+    def generate():
+        generate_pseudo_labels(
+            config, painted, list_images(painted), tmp_path / "labels", thing_classes=["r", "g"]
+        )
+
+    generate()
+    for key, value in (("TTA.FLIP", True), ("TTA.SCALES", (1.0, 2.0)), ("LABEL_PRECISION", "bfloat16")):
+        before = config.clone()
+        config.merge_from_list([f"SELFTRAIN.{key}", value])
+        with pytest.raises(InputError, match="another teacher_config_sha256"):
+            generate()
+        config = before
