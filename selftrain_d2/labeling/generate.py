@@ -122,6 +122,12 @@ def generate_pseudo_labels(
             f"{output}: {manifest['labeled']} images with {kind.name}, {manifest['empty']} without, "
             f"{len(manifest['skipped'])} skipped; {manifest[kind.name]} {kind.name} of score {score_floor} or more."
         )
+        if manifest["skipped"]:
+            name, reason = next(iter(manifest["skipped"].items()))
+            logger.warning(
+                f"{output}: {len(manifest['skipped'])} of {len(file_names)} images were skipped, e.g. {name} "
+                f"({reason}); manifest.json names all."
+            )
         return manifest
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from selftrain_d2 import InputError, register_image_folder
 from selftrain_d2.data.datasets import load_image_folder
 from selftrain_d2.data.image_sources import (
+    images_of_archives,
     images_of_coco_json,
     images_of_dataset,
     images_of_folder,
@@ -63,6 +65,36 @@ def test_folders_and_pipes_are_no_images_whatever_their_names(photos):
     _image(photos / "folder.jpg" / "inside.png")
     os.mkfifo(photos / "pipe.jpg")
     assert list_images(photos) == sorted([*NAMES, "folder.jpg/inside.png"])
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_all_that_people_call_pictures_is_listed_whether_it_can_be_read_or_not(tmp_path, archive):
+    pictures = [
+        "a.jpg",
+        "b.HEIC",
+        "c.heif",
+        "d.dng",
+        "e.CR2",
+        "f.nef",
+        "g.ARW",
+        "h.jxl",
+        "i.avif",
+        "j.svg",
+        "k.MPO",
+        "l.pjpeg",
+    ]
+    others = ["film.mpg", "features.h5", "notes.txt", "labels.json", "a.xmp", "scene.hdr", "page.pdf", "heic"]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in pictures + others:
+        (folder / name).write_bytes(b"")
+    if archive:
+        with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+            tar.add(folder, "photos")
+        names = images_of_archives([str(tmp_path / "photos.tar")]).file_names
+        assert sorted(names) == [f"photos.tar/photos/{name}" for name in pictures]
+    else:
+        assert list_images(folder) == pictures
 
 
 def test_links(photos, tmp_path):
