@@ -13,8 +13,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torchvision.transforms import v2
 
 from selftrain_d2.data.datasets import check_same_classes, read_image_size, register_dataset
+from selftrain_d2.data.image_files import UNREADABLE, read_image
 from selftrain_d2.data.image_sources import absolute_root, list_images
-from selftrain_d2.data.mapper import _UNREADABLE, image_to_tensor, read_image
+from selftrain_d2.data.mapper import image_to_tensor
 from selftrain_d2.data.random_state import torch_seeded_by_numpy
 from selftrain_d2.errors import InputError
 
@@ -182,7 +183,7 @@ class ClassificationMapper:
         file_name = dataset_dict["file_name"]
         try:
             image = image_to_tensor(read_image(file_name, self.image_format))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"Classification image {file_name} cannot be read ({error}); repair or remove it."
             ) from error

@@ -11,8 +11,8 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import Sampler
 
+from selftrain_d2.data.image_files import read_image
 from selftrain_d2.data.loader import SampleKey
-from selftrain_d2.data.mapper import read_image
 from selftrain_d2.data.random_state import torch_seeded_by_numpy
 from selftrain_d2.errors import InputError
 

@@ -12,8 +12,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
+from selftrain_d2.data.image_files import read_image_size
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.data.label_maps import VOID
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
@@ -24,27 +24,8 @@ from selftrain_d2.files import read_json
 
 logger = logging.getLogger(__name__)
 
-# EXIF orientations that swap width and height. detectron2 applies the orientation when it reads an image.
-_EXIF_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
-
 # How far (pixels) a box may stick out of its image. COCO's own files do so by rounding.
 _BORDER_TOLERANCE = 1.0
-
-
-def read_image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) in pixels of an image as detectron2 reads it, from its header alone.
-
-    Raises:
-        OSError: the file is not a readable image.
-    """
-    try:
-        with PathManager.open(os.fspath(path), "rb") as file, Image.open(file) as image:
-            width, height = image.size
-            if image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED:
-                width, height = height, width
-    except Exception as error:  # Pillow's readers raise anything on a broken file
-        raise OSError(str(error)) from error
-    return height, width
 
 
 def load_image_folder(folder: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -68,9 +49,12 @@ def load_image_folder(folder: str | os.PathLike) -> tuple[list[dict[str, Any]], 
         dicts.append({"file_name": path, "image_id": name, "height": height, "width": width})
     if unreadable:
         first, reason = next(iter(unreadable.items()))
+        if not dicts:
+            raise InputError(
+                f"Image folder {folder} has no readable image: {len(unreadable)} cannot be read, e.g. {first}: "
+                f"{reason}."
+            )
         logger.warning(f"{folder}: skipped {len(unreadable)} unreadable images, e.g. {first}: {reason}")
-    if not dicts:
-        raise InputError(f"Image folder {folder} has no readable image: {len(unreadable)} are broken.")
     return dicts, unreadable
 
 

@@ -8,8 +8,8 @@ import os
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from numpy.typing import DTypeLike
-from PIL import Image, ImageOps
 
+from selftrain_d2.data.image_files import UNREADABLE, open_image, upright
 from selftrain_d2.errors import InputError
 
 #: PASCAL VOC's label of pixels at object borders and of difficult objects, and the ignore label everywhere here.
@@ -47,9 +47,11 @@ def read_label_map(file_name: str | os.PathLike, dtype: DTypeLike = np.uint8) ->
             another mode.
     """
     try:
-        with PathManager.open(os.fspath(file_name), "rb") as file, Image.open(file) as image:
-            mode, pixels = image.mode, np.asarray(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        file_name = os.fspath(file_name)
+        with PathManager.open(file_name, "rb") as file, open_image(file, file_name) as image:
+            mode = image.mode
+            pixels = upright(np.asarray(image, dtype=np.float32 if mode == "F" else np.int32), image)
+    except UNREADABLE as error:
         raise InputError(f"Mask {file_name} cannot be read ({error}); repair or remove it.") from error
     if mode == "RGB":
         pixels = _ids_of_colours(pixels, file_name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import cv2
@@ -15,18 +14,14 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
-from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
 
-from selftrain_d2.data import tar_archive  # noqa: F401  (paths that begin with tar://)
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.augmentation.box_only import BoxOnlyTransform
 from selftrain_d2.data.augmentation.geometric import CanvasTransform
+from selftrain_d2.data.image_files import UNREADABLE, read_image
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.errors import InputError
-
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class SelfTrainingDatasetMapper(DatasetMapper):
@@ -96,7 +91,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
     def _read(self, sample: dict[str, Any]) -> np.ndarray:
         try:
             image = read_image(sample["file_name"], self.image_format)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise InputError(f"{_name(sample)} cannot be read ({error}); repair or remove it.") from error
         try:
             utils.check_image_size(sample, image)
@@ -171,36 +166,6 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         keypoints = keypoints.reshape(-1, count, 3)
         keypoints[mirrored] = keypoints[mirrored][:, self.keypoint_hflip_indices]
         return Keypoints(keypoints)
-
-
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """Read an image as detectron2 does, most JPEG files faster.
-
-    Args:
-        file_name: a path that detectron2's PathManager knows.
-        image_format: as detectron2's ``read_image`` has it: RGB, BGR, L, ...
-
-    Returns:
-        (H, W, C) uint8, turned upright by its EXIF orientation.
-
-    Raises:
-        OSError: for a file that is missing or not an image.
-    """
-    with PathManager.open(file_name, "rb") as file:
-        data = file.read()
-    try:
-        # Pillow reads the header: what is not plain three-channel JPEG is left to it. A file cut short has
-        # no end marker, and OpenCV would fill it up with grey instead of refusing it.
-        if image_format in ("RGB", "BGR") and data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
-            with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-                mode = header.mode
-            if mode == "RGB":
-                image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
-                if image is not None:
-                    return image if image_format == "BGR" else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        return np.ascontiguousarray(utils.read_image(file_name, image_format))
-    except UnidentifiedImageError:  # its message has the address of a buffer
-        raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
 
 
 def _label_map(sample: dict[str, Any], image: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from selftrain_d2.data.mapper import read_image
+from selftrain_d2.data.image_files import read_image
 from selftrain_d2.files import write_json, write_text, writing
 from selftrain_d2.inspection import box_figures as figures
 from selftrain_d2.inspection.box_quality import expected_calibration_error

@@ -9,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
+from selftrain_d2.data.image_files import read_image
 from selftrain_d2.errors import InputError
 from selftrain_d2.inspection.box_quality import Annotations, BoxMatches, match_boxes
 from selftrain_d2.inspection.style import (

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from selftrain_d2.data.mapper import read_image
+from selftrain_d2.data.image_files import UNREADABLE, read_image
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset
 from selftrain_d2.data.pseudo_labels.masks import PERCENTS, least_percents, read_mask
@@ -177,7 +177,7 @@ def _draw_images(
 def _is_readable(file: str) -> bool:
     try:
         read_image(file, "RGB")
-    except OSError:
+    except UNREADABLE:
         return False
     return True
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from selftrain_d2.data.image_files import read_image
 from selftrain_d2.data.label_maps import VOID, voc_colours
 from selftrain_d2.errors import InputError
 from selftrain_d2.inspection.box_sheet import GAP, HEADER, INCHES
@@ -62,7 +62,7 @@ def mask_contact_sheet(
     footer = round(LEGEND_ROW * scale * (-(-len(patches) // LEGEND_COLUMNS) + 0.5))
     number = len(columns) + 1
     cell = (width - gap * (number + 1)) // number
-    pictures = [read_image(os.fspath(image), "RGB") for image in images]
+    pictures = [read_image(image, "RGB") for image in images]
     heights = [round(cell * picture.shape[0] / picture.shape[1]) for picture in pictures]
     total = header + footer + sum(heights) + gap * (len(heights) - 1)
     figure = Figure((INCHES, INCHES * total / width), dpi=width / INCHES, facecolor="white")

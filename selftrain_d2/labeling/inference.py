@@ -16,8 +16,9 @@ from detectron2.structures import Instances
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from selftrain_d2.data.image_files import read_image
 from selftrain_d2.data.loader import use_one_thread
-from selftrain_d2.data.mapper import image_to_tensor, read_image
+from selftrain_d2.data.mapper import image_to_tensor
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.views import build_merge, mirrored, view_augmentations, views
