@@ -20,7 +20,9 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="FOLDER", help="a folder of images, nested or not")
     source.add_argument(
-        "--image-list", metavar="FILE", help="a text file of image paths, one a line; # begins a comment"
+        "--image-list",
+        metavar="FILE",
+        help="a text file of image paths, one a line; a line that begins with # is a comment",
     )
     source.add_argument("--coco-json", metavar="JSON", help="the images of a COCO JSON, labeled or not")
     source.add_argument(

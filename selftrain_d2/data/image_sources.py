@@ -8,6 +8,7 @@ skipped with its reason as an image would be, and nothing goes missing in silenc
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -91,14 +92,15 @@ def images_of_folder(folder: str | os.PathLike) -> ImageSource:
 def images_of_list(list_file: str | os.PathLike, image_root: str | os.PathLike | None = None) -> ImageSource:
     """Images named in a text file (UTF-8), one path a line.
 
-    Empty lines and lines that start with # are left out; ``./#name`` names a file that starts with #.
+    Empty lines and lines that start with # are left out. A line in double quotes is a JSON string, for names that
+    a line cannot hold as they are; :func:`list_line` writes it.
 
     Args:
         image_root: what relative paths are relative to; by default the folder of the list.
 
     Raises:
-        InputError: the list or the root is missing, the list is not UTF-8, names a file twice or none, or no
-            file that it names exists.
+        InputError: the list or the root is missing, the list is not UTF-8, names a file twice or none, has a line in
+            quotes that is no JSON, or no file that it names exists.
     """
     if not os.path.isfile(list_file):
         raise InputError(f"Image list {list_file} does not exist or is not a file.")
@@ -110,6 +112,8 @@ def images_of_list(list_file: str | os.PathLike, image_root: str | os.PathLike |
                 path = line.rstrip("\n")
                 if not path.strip() or path.startswith("#"):
                     continue
+                if len(path) > 1 and path[0] == path[-1] == '"':
+                    path = _unquoted(path, f"Image list {list_file}, line {number}")
                 name = _relative(path, root)
                 if name in lines:
                     raise InputError(
@@ -120,6 +124,28 @@ def images_of_list(list_file: str | os.PathLike, image_root: str | os.PathLike |
     except UnicodeDecodeError as error:
         raise InputError(f"Image list {list_file} is not UTF-8 text: {error}.") from error
     return _checked(f"Image list {list_file}", root, list(lines))
+
+
+def list_line(name: str) -> str:
+    r"""A line (without its end) from which :func:`images_of_list` reads a name.
+
+    That is the name itself, unless it begins with # or a quote, begins or ends with space, has a line break, or cannot
+    be written as UTF-8; then it is a JSON string, such as ``"#1 of 2.jpg"``.
+    """
+    return name if _PLAIN_LINE.fullmatch(name) else json.dumps(name)
+
+
+_PLAIN_LINE = re.compile(r'(?![\s#"\ufeff])[^\r\n\ud800-\udfff]+(?<!\s)')
+
+
+def _unquoted(line: str, where: str) -> str:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: {line} is in quotes, but no JSON string ({error.msg}): leave the quotes out, or write \\\\ "
+            "for \\."
+        ) from error
 
 
 def images_of_coco_json(json_file: str | os.PathLike, image_root: str | os.PathLike) -> ImageSource:

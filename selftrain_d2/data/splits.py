@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
@@ -24,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from selftrain_d2.data.image_sources import check_distinct, list_line
 from selftrain_d2.data.prepared_folder import find_manifest, prepare_folder, write_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json
 
 TITLE = "Labeled fractions of a COCO file"
 # Raise it whenever the same input would give other splits: finished folders are then made anew.
-FORMAT = 1
+FORMAT = 2
 CANDIDATES = 16
 
 
@@ -46,7 +48,8 @@ def make_splits(
 
     For each fraction F (percent, as short as it can be written: ``10``, ``0.5``) the folder gets
     ``labeled_F.json``, the source with fewer images and annotations (crowd regions included) and all else as it
-    was, and ``unlabeled_F.txt``, the sorted file names of the images left out, one a line (none for 100).
+    was, and ``unlabeled_F.txt``, the sorted file names of the images left out, one a line as ``list_line`` writes
+    them (none for 100).
     Images are written in the order of sampling, so the files do not depend on the order in the source either.
 
     Args:
@@ -160,7 +163,7 @@ def stratified_order(objects: np.ndarray) -> list[int]:
 
 
 def _rank(seed: int, file_name: str) -> str:
-    return hashlib.sha256(f"{seed}\n{file_name}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}\n{file_name}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _objects_per_class(coco: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -196,7 +199,7 @@ def _write_split(
     split = {**coco, "images": list(chosen), "annotations": annotations}
     (folder / f"labeled_{name}.json").write_text(json.dumps(split) + "\n", encoding="utf-8")
     if rest:
-        names = "".join(f"{file_name}\n" for file_name in sorted(image["file_name"] for image in rest))
+        names = "".join(f"{list_line(name)}\n" for name in sorted(image["file_name"] for image in rest))
         (folder / f"unlabeled_{name}.txt").write_text(names, encoding="utf-8")
     return _count(split)
 
@@ -224,6 +227,8 @@ def _read_coco(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} has no images: there is nothing to split.")
     for key, field, types in _UNIQUE:
         _check_unique(path, coco[key], key, field, types)
+    # Two spellings of one file would be one image too many in a list.
+    check_distinct([os.path.normpath(image["file_name"]) for image in coco["images"]], str(path))
     images, categories = ({entry["id"] for entry in coco[key]} for key in ("images", "categories"))
     for annotation in coco["annotations"]:
         for field, known in (("image_id", images), ("category_id", categories)):

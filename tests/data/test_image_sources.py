@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from selftrain_d2 import InputError, register_image_folder
 from selftrain_d2.data.datasets import load_image_folder
@@ -19,6 +21,7 @@ from selftrain_d2.data.image_sources import (
     images_of_folder,
     images_of_list,
     list_images,
+    list_line,
 )
 
 
@@ -157,12 +160,22 @@ def test_list_file(photos, tmp_path):
         (b"# nothing\n\n", "names no image"),
         (b"x.jpg\ny.jpg\n", r"None of the 2 images .* is there, e\.g\. .*x\.jpg: check the image root"),
         ("b.jpg".encode("utf-16"), "not UTF-8"),
+        (b'a.PNG\n"C:\\photos\\b.jpg"\n', r"line 2: .* is in quotes, but no JSON string"),
     ],
 )
 def test_faults_of_list_files(photos, content, message):
     (photos / "list").write_bytes(content)
     with pytest.raises(InputError, match=message):
         images_of_list(photos / "list")
+
+
+@given(st.lists(st.text(min_size=1, max_size=8).filter(lambda n: "/" not in n and n not in (".", ".."))))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_list_that_was_written_is_read_back(photos, names):
+    """Whatever characters the names have."""
+    written = list(dict.fromkeys(["b.jpg", *names, *(f"x/{name}" for name in names)]))
+    (photos / "list").write_text("".join(f"{list_line(name)}\n" for name in written[::-1]), encoding="utf-8")
+    assert images_of_list(photos / "list").file_names == written[::-1]
 
 
 def test_list_or_root_that_is_not_there(photos):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from selftrain_d2.cli import main
+from selftrain_d2.data.image_sources import images_of_coco_json, images_of_list
 from selftrain_d2.data.splits import image_order, make_splits, parse_fractions, stratified_order
 from selftrain_d2.errors import InputError
 
@@ -318,3 +319,43 @@ def test_a_faulty_source_is_named(tmp_path, content, message):
         make_splits(path, tmp_path / "out", [100])
     assert "faulty.json" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+# File names that a line of a list could lose or change.
+ODD_NAMES = [
+    "#1.jpg", " # 2.jpg", "\ufeffmark.jpg", " before.jpg", "after.jpg ", " ", "two\nlines.jpg", "carriage\rreturn.jpg",
+    "both\r\n.jpg", '"quoted"', '"', "back\\slash.jpg", "\\n.jpg", "tab\t.jpg", "line\u2028end.jpg", "\x85.jpg",
+    "photos/#3.jpg", "\u00fc \u6587.jpg", "caf\udce9.jpg", "100%.jpg", "~/x.jpg", "plain.jpg",
+]  # fmt: skip
+
+
+def test_what_is_left_out_is_read_back_whatever_its_name(tmp_path):
+    images = [{"id": i, "file_name": name} for i, name in enumerate(ODD_NAMES)]
+    (tmp_path / "source.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    (tmp_path / "photos").mkdir()
+    for name in ("plain.jpg", "#1.jpg"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    command = [
+        "splits",
+        str(tmp_path / "source.json"),
+        "--output",
+        str(tmp_path / "out"),
+        "--fractions",
+        "5",
+        "10",
+    ]
+    assert main(command) == 0
+    everything = images_of_coco_json(tmp_path / "source.json", tmp_path / "photos")
+    for fraction in ("5", "10"):
+        labeled = {image["file_name"] for image in read(tmp_path / "out", f"labeled_{fraction}")["images"]}
+        left_out = images_of_list(tmp_path / "out" / f"unlabeled_{fraction}.txt", tmp_path / "photos")
+        assert left_out.image_root == everything.image_root
+        expected = [n for n, name in zip(everything.file_names, ODD_NAMES) if name not in labeled]
+        assert sorted(left_out.file_names) == sorted(expected) and len(expected) > 10
+
+
+def test_one_file_under_two_spellings(tmp_path):
+    images = [{"id": i, "file_name": name} for i, name in enumerate(["a.jpg", "b.jpg", "./a.jpg"])]
+    (tmp_path / "source.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(InputError, match=r"source\.json names a\.jpg twice"):
+        make_splits(tmp_path / "source.json", tmp_path / "out", [50])
