@@ -6,6 +6,7 @@ import argparse
 
 from selftrain_d2.data.image_sources import (
     ImageSource,
+    check_outside,
     images_of_archives,
     images_of_coco_json,
     images_of_dataset,
@@ -53,10 +54,11 @@ def given_images(args: argparse.Namespace) -> list[str]:
 
 
 def images_of(args: argparse.Namespace) -> ImageSource:
-    """What the arguments of :func:`add_image_arguments` name.
+    """What the arguments of :func:`add_image_arguments` name, for a command that has ``--output`` as well.
 
     Raises:
-        InputError: see :mod:`selftrain_d2.data.image_sources`; or ``--image-root`` is missing or out of place.
+        InputError: see :mod:`selftrain_d2.data.image_sources`; ``--image-root`` is missing or out of place; or the
+            output folder lies in the folder of images.
     """
     given_images(args)
     if args.image_list is not None:
@@ -66,5 +68,6 @@ def images_of(args: argparse.Namespace) -> ImageSource:
     if args.archive is not None:
         return images_of_archives(args.archive)
     if args.images is not None:
+        check_outside(args.output, args.images)
         return images_of_folder(args.images)
     return images_of_dataset(args.dataset)

@@ -20,6 +20,7 @@ from detectron2.config import CfgNode
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.cli.dry_run import NamedDataset, Plan
+from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.data.loader import check_registered
 from selftrain_d2.engine.checks import build_without_memory, check_training
 from selftrain_d2.engine.launch import (
@@ -134,8 +135,10 @@ def _datasets(args: argparse.Namespace, cfg: CfgNode) -> Iterator[NamedDataset]:
             "--human-masks and --classes belong together: the folders, and the names of the masks' class ids from 0."
         )
     for name, images, masks in args.human_masks:
+        check_outside(cfg.OUTPUT_DIR, images)
         yield NamedDataset(name, (images, masks), human_masks, (name, images, masks, args.classes))
     for name, folder in args.pseudo_labels:
         yield NamedDataset(name, (folder,), pseudo_labels, (name, folder, cfg))
     for name, folder in args.classification_images:
+        check_outside(cfg.OUTPUT_DIR, folder)  # where it would be a class
         yield NamedDataset(name, (folder,), classification_images, (name, folder))

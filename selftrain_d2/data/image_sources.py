@@ -242,6 +242,20 @@ def images_of_dataset(name: str) -> ImageSource:
     return ImageSource(root, [_relative(absolute_root(path), root) for path in paths])
 
 
+def check_outside(output: str | os.PathLike, image_folder: str | os.PathLike) -> None:
+    """Raise InputError if an output folder lies in a folder whose images are all taken, or is that folder.
+
+    The masks and figures that are written there would be taken for images the next time.
+    """
+    inside, folder = os.path.realpath(output), os.path.realpath(image_folder)
+    if os.path.commonpath([inside, folder]) == folder:
+        raise InputError(
+            f"The output folder {output} lies in the image folder {image_folder}, all of whose images are used: what "
+            "is written there would be taken for images the next time; choose an output folder outside, and move what "
+            "is there already."
+        )
+
+
 def check_distinct(names: Sequence[str], where: str) -> None:
     """Raise InputError if a name comes twice.
 

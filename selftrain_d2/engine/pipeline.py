@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.datasets import list_images
+from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.engine.config_values import check_values, merge_options
 from selftrain_d2.engine.launch import (
@@ -92,14 +93,16 @@ def self_train(
         The summary.
 
     Raises:
-        InputError: the data has a fault, a stage under ``output`` was made with other settings, or several
-            machines were asked for.
+        InputError: the data has a fault, ``output`` lies in a folder of images, a stage under ``output`` was made
+            with other settings, or several machines were asked for.
     """
     if in_torchrun() or (processes is not None and processes.num_machines > 1):
         raise InputError(
             "self-train runs on one machine and starts its own processes: use --num-gpus without torchrun, or run "
             "its stages (train, label, train) on several machines, as docs/training.md shows."
         )
+    for folder in task.image_folders():
+        check_outside(output, folder)
     classes = task.check(cfg)
     if rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {rounds}.")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,36 @@ def test_missing_and_empty_paths(data, tmp_path, capsys):
     assert_refused(
         _self_train(data, tmp_path, val_json=data[0].json_file), capsys, "belong together", output=output
     )
+
+
+def test_output_among_the_images(data, tmp_path, capsys):
+    """A second round would label the masks and figures of the first."""
+    inside = Path(data[1].images, "output")
+    reason = "lies in the image folder"
+    assert_refused(_self_train(data, tmp_path, output=inside), capsys, reason, data[1].images, output=inside)
+    command = ["--config-file", CONFIG, *SMALL_MODEL]
+    folder = ["--images", data[1].images, "--output", str(inside)]
+    for name in ("label", "pretrain-simclr"):
+        assert_refused([name, *folder, *command], capsys, reason, output=inside)
+    assert_refused(["label", *folder, "--dry-run", *command, "MODEL.WEIGHTS", "x.pth"], capsys, reason)
+    for dataset in (
+        ["--human-masks", "human", data[1].images, str(tmp_path), "--classes", "a", "b"],
+        ["--classification-images", "classes", data[1].images],
+    ):
+        assert_refused(
+            ["train", *dataset, *command, "OUTPUT_DIR", str(inside)], capsys, reason, output=inside
+        )
+    # A list names its images: what else is there does not matter.
+    (tmp_path / "list.txt").write_text("001.png\n")
+    arguments = [
+        "--image-list",
+        str(tmp_path / "list.txt"),
+        "--image-root",
+        data[1].images,
+        "--output",
+        str(inside),
+    ]
+    assert_refused(["label", *arguments, *command], capsys, "MODEL.WEIGHTS is empty", output=inside)
 
 
 def test_coco_faults_reach_the_user(data, tmp_path, capsys):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from selftrain_d2 import InputError, register_image_folder
 from selftrain_d2.data.datasets import load_image_folder
 from selftrain_d2.data.image_sources import (
+    check_outside,
     images_of_archives,
     images_of_coco_json,
     images_of_dataset,
@@ -98,6 +99,22 @@ def test_all_that_people_call_pictures_is_listed_whether_it_can_be_read_or_not(t
         assert sorted(names) == [f"photos.tar/photos/{name}" for name in pictures]
     else:
         assert list_images(folder) == pictures
+
+
+def test_outputs_lie_outside_folders_of_images(photos, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(photos)
+    for output, folder in (
+        (photos, photos),
+        (photos / "deep" / "labels", photos),
+        (tmp_path / "link" / "labels", photos),
+        (photos / "labels", tmp_path / "link"),
+        ("labels", "."),
+    ):
+        with pytest.raises(InputError, match=r"lies in the image folder.*choose an output folder outside"):
+            check_outside(output, folder)
+    for output in (f"{photos}_labels", tmp_path, "../labels", tmp_path / "elsewhere" / "photos"):
+        check_outside(output, photos)
 
 
 def test_links(photos, tmp_path):

@@ -46,6 +46,10 @@ class Task(ABC):
             InputError: naming the first fault.
         """
 
+    def image_folders(self) -> list[str]:
+        """Those of which all images are used, so that nothing else may be written there."""
+        return [self.unlabeled_images]
+
     @abstractmethod
     def datasets(self) -> list[DatasetSpec]:
         """The labeled images, as LABELED, and those of validation, as VALIDATION."""

@@ -66,6 +66,9 @@ class Segmentation(Task):
         self._truth()
         return classes
 
+    def image_folders(self) -> list[str]:
+        return [*super().image_folders(), self.labeled_images, *filter(None, [self.validation_images])]
+
     def datasets(self) -> list[DatasetSpec]:
         folders = [(LABELED, self.labeled_images, self.labeled_masks)]
         if self.validation_masks:
