@@ -368,12 +368,25 @@ def test_semantic_segmentation(record, tmp_path):
     assert sample["sem_seg"].dtype == torch.int64
     np.testing.assert_array_equal(sample["sem_seg"][20:], labels[:40])
     assert (sample["sem_seg"][:20] == 255).all()
+    assert sample["valid_pixel_share"] == 40 / 60
     np.random.seed(0)
     sample = SelfTrainingDatasetMapper(make_config(POLICY="S4"), True)(record)
     assert sample["sem_seg"].shape == (64, 64) and set(sample["sem_seg"].unique().tolist()) <= {
         *range(5),
         255,
     }
+
+
+def test_valid_pixels_are_those_that_the_head_does_not_ignore(record, tmp_path):
+    labels = np.zeros((60, 80), dtype=np.uint8)
+    labels[:15] = 7
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    cfg = make_config(POLICY="S1", SCALE_RANGE=(1.0, 1.0))
+    cfg.INPUT.AUGMENTATION.IMAGE_SIZE = 80
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 7
+    sample = SelfTrainingDatasetMapper(cfg, True)(record)
+    assert sample["valid_pixel_share"] == np.mean(sample["sem_seg"].numpy() != 7) < 1
 
 
 def test_transform_lists_are_flat(record):

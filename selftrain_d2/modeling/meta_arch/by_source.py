@@ -123,6 +123,9 @@ class LossesBySource:
         return all("sem_seg" in x and not self._valid_pixel_share(x) for x in samples)
 
     def _valid_pixel_share(self, sample: dict) -> float:
+        share = sample.get("valid_pixel_share")  # counted by SelfTrainingDatasetMapper
+        if share is not None:
+            return share
         ignored = getattr(getattr(self, "sem_seg_head", None), "ignore_value", 255)
         return (sample["sem_seg"] != ignored).float().mean().item()
 

@@ -363,3 +363,17 @@ def test_labels_are_counted_by_source():
     assert (human.images, human.labels, human.empty) == (1, 1.0, 0)
     assert (pseudo.images, pseudo.labels, pseudo.empty) == (2, 0.75, 1)
     assert model.label_counts["boxes"]["pseudo"].images == 0
+
+
+def test_pixels_that_the_mapper_counted_are_not_counted_again():
+    model = build_model(make_config())
+    batch = make_batch(["human", "pseudo", "pseudo"])
+    for sample in batch:
+        sample["sem_seg"] = torch.zeros_like(sample["sem_seg"])
+    batch[1]["valid_pixel_share"] = 0.0
+    batch[2]["valid_pixel_share"] = 0.25
+    with EventStorage():
+        model.train()(batch)
+    pseudo = model.label_counts["pixels"]["pseudo"]
+    assert (pseudo.images, pseudo.labels, pseudo.empty) == (2, 0.25, 1)
+    assert model.label_counts["pixels"]["human"].labels == 1.0
