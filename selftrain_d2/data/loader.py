@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.build import print_instances_class_histogram, trivial_batch_collator
+from detectron2.data.build import print_instances_class_histogram
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from selftrain_d2.data.classification import ClassificationMapper, get_classification_dicts
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.dataset import PseudoImageDataset, PseudoLabelDataset
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.errors import InputError
@@ -87,8 +88,8 @@ class MixedBatchSampler(Sampler):
 class MixedDataset(Dataset):
     """Maps sample keys to samples mapped by their source's mapper, each with random numbers of its own.
 
-    The random state of a sample depends on the seed and its key alone. So the same seed gives the same
-    samples whatever the number of loader workers or processes, and wherever a resumed run starts.
+    The random state of a sample (Python's, numpy's and torch's) depends on the seed and its key alone. So the same
+    seed gives the same samples whatever the number of loader workers or processes, and wherever a resumed run starts.
     """
 
     def __init__(self, sources: Sequence[Dataset], mappers: Sequence[Callable[[dict], dict]], seed: int):
@@ -103,7 +104,9 @@ class MixedDataset(Dataset):
         random.seed(int(seed))
         np.random.seed(seed)
         try:
-            return self.mappers[source](self.sources[source][index])
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would reset GPUs' too
+                return self.mappers[source](self.sources[source][index])
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -229,6 +232,7 @@ def _from_config(cfg, *, mapper=None, classification_mapper=None):
         "classification_batch_size": cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH,
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": torch.device(cfg.MODEL.DEVICE).type == "cuda",
         "seed": stage_seed(cfg),
     }
 
@@ -313,6 +317,7 @@ def build_selftrain_train_loader(
     classification_batch_size: int = 0,
     aspect_ratio_grouping: bool = False,
     num_workers: int = 0,
+    pin_memory: bool = False,
     seed: int | None = None,
 ) -> DataLoader:
     """An endless loader whose every batch has the same number of human, of pseudo and of classification images.
@@ -331,6 +336,7 @@ def build_selftrain_train_loader(
         aspect_ratio_grouping: whether the human (pseudo) images of a batch are all wide or all tall.
             Of use where training images have different shapes, which those of S1-S4 have not.
         num_workers: loader processes.
+        pin_memory: of the batches that these make; for training on a GPU.
         seed: of the order of images and of augmentation. None: random, the same in all processes.
 
     Returns:
@@ -359,7 +365,7 @@ def build_selftrain_train_loader(
         # Classification images are square when they are batched.
         grouped = aspect_ratio_grouping and size and name != "CLASSIFICATION_"
         groups.append(_is_wide(dicts[source]) if grouped else None)
-    return DataLoader(
+    return PackedLoader(
         MixedDataset(
             [_shared(ds) for ds in dicts],
             [mapper, mapper, classification_mapper],
@@ -367,7 +373,7 @@ def build_selftrain_train_loader(
         ),
         batch_sampler=MixedBatchSampler(samplers, [size // world_size for size in sizes], groups),
         num_workers=num_workers,
-        collate_fn=trivial_batch_collator,
+        pin_memory=pin_memory,
         worker_init_fn=use_one_thread,
         # Starting the loader draws a number; not from the state that training depends on.
         generator=torch.Generator().manual_seed(seed),

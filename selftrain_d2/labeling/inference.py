@@ -14,11 +14,12 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from selftrain_d2.data.image_files import read_image
 from selftrain_d2.data.loader import use_one_thread
 from selftrain_d2.data.mapper import image_to_tensor
+from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.views import build_merge, mirrored, view_augmentations, views
@@ -145,37 +146,16 @@ def read_ahead(cfg: CfgNode, image_root: str, file_names: Sequence[str], batch_s
 
     Neither the workers nor this hold more than a few batches of images.
     """
-    loader = DataLoader(
+    loader = PackedLoader(
         ImageReader(image_root, view_augmentations(cfg), cfg.INPUT.FORMAT),
         sampler=file_names,  # the names travel to the workers, which so need no list of them
         batch_size=batch_size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_pack,
         pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
         worker_init_fn=use_one_thread,
     )
-    for samples, pixels in loader:
-        yield from _unpack(samples, pixels)
-
-
-def _pack(samples: list[Sample]) -> tuple[list[Sample], torch.Tensor]:
-    """All pixels of a batch in one tensor: each tensor between processes costs an open file and a handshake."""
-    images = [image for sample in samples for image in sample.get("images", ())]
-    for sample in samples:
-        if "images" in sample:
-            sample["images"] = [tuple(image.shape) for image in sample["images"]]
-    return samples, torch.cat([image.flatten() for image in images]) if images else torch.empty(0)
-
-
-def _unpack(samples: list[Sample], pixels: torch.Tensor) -> Iterator[Sample]:
-    start = 0
-    for sample in samples:
-        images = []
-        for shape in sample.get("images", ()):
-            stop = start + int(np.prod(shape))
-            images.append(pixels[start:stop].view(shape))
-            start = stop
-        yield {**sample, "images": images} if images else sample
+    for samples in loader:
+        yield from samples
 
 
 def box_row(sample: Sample, instances: Instances) -> dict[str, Any]:

@@ -113,6 +113,30 @@ def test_two_processes_share_the_stream_of_one(monkeypatch):
         assert sorted(map(key, whole)) == sorted(map(key, first + second))
 
 
+def _torch_mapper(d):
+    return {**d, "random": torch.rand(()).item()}
+
+
+def test_processes_draw_other_torch_numbers_whatever_the_number_of_workers(monkeypatch):
+    """A mapper may use torchvision's transforms, which draw from torch's state in the worker."""
+    drawn = {}
+    for rank, workers in itertools.product(range(2), (0, 2)):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        torch.manual_seed(rank)
+        expected = torch.rand(2)
+        torch.manual_seed(rank)
+        first = torch.rand(1)
+        loader = build_selftrain_train_loader(
+            human_dicts=_dicts("human", H), pseudo_dicts=[], mapper=_torch_mapper, human_batch_size=4,
+            pseudo_batch_size=0, seed=7, num_workers=workers,
+        )  # fmt: skip
+        drawn[rank, workers] = [s["random"] for batch in _take(loader, 5) for s in batch]
+        assert torch.equal(torch.cat([first, torch.rand(1)]), expected)  # outside nothing was drawn
+    assert drawn[0, 0] == drawn[0, 2] and drawn[1, 0] == drawn[1, 2]
+    assert len({*drawn[0, 0], *drawn[1, 0]}) == 20
+
+
 def test_aspect_ratio_grouping_inside_each_source():
     for batch in _take(_loader(aspect_ratio_grouping=True), 20):
         assert len({s["width"] > s["height"] for s in batch[:2]}) == 1
