@@ -7,6 +7,8 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from selftrain_d2 import add_selftrain_config, build_augmentations
 from selftrain_d2.cli.common import find_config, shipped_configs
@@ -217,3 +219,26 @@ def test_the_model_zoo_page_is_up_to_date():
         assert any(row.startswith(f"|{name}|{parameters}|") for row in rows), (name, parameters)
     for link in re.findall(r"\]\((\.\./configs/[^)]+)\)", page):
         assert (DOCS.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith(("aerial", "neon"))])
+def test_every_parameter_of_a_small_config_gets_a_gradient(name):
+    """Training in several processes needs that."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    cfg.merge_from_file(str(find_config(name)), allow_unsafe=False)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    instances = Instances((64, 64))
+    instances.gt_boxes, instances.gt_classes = (
+        Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0]])),
+        torch.tensor([0]),
+    )
+    sample = {
+        "image": torch.zeros(3, 64, 64, dtype=torch.uint8),
+        "instances": instances,
+        "sem_seg": torch.zeros(64, 64, dtype=torch.int64),
+    }
+    with EventStorage():
+        sum(model([sample, sample]).values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]

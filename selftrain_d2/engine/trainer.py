@@ -23,6 +23,7 @@ from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.engine.config_values import is_segmentor
+from selftrain_d2.engine.gradient_check import GradientCheck
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
 from selftrain_d2.engine.replay import save_batch
@@ -144,6 +145,8 @@ class SelfTrainingTrainer(DefaultTrainer):
         """DefaultTrainer's hooks between ours: each checkpoint must hold this step's averages."""
         cfg = self.cfg
         first: list[HookBase] = [build_loss_normalizer(cfg)]
+        if comm.get_world_size() > 1:
+            first.append(GradientCheck())
         if cfg.DATASETS.PSEUDO_TRAIN:
             first.append(LabelMonitor(cfg.SELFTRAIN.MIN_NONEMPTY_SHARE, cfg.SELFTRAIN.MAX_BOXES_RATIO))
         self.weight_average = None

@@ -68,15 +68,35 @@ def _assert_same_training(one, other):
         assert positives[1][source] == pytest.approx(average)
 
 
-@pytest.mark.parametrize("normalizer", ["batch", "moving_average"])
-def test_two_processes_train_as_one_with_their_images(arguments, tmp_path, normalizer):
-    key = ("MODEL.RETINANET.LOSS_NORMALIZER", normalizer)
+def _levels(*sizes):
+    """Anchors on so many levels from P3 on."""
+    names = [f"p{level}" for level in range(3, 3 + len(sizes))]
+    anchors = str([[size] for size in sizes])
+    return "MODEL.RETINANET.IN_FEATURES", str(names), "MODEL.ANCHOR_GENERATOR.SIZES", anchors
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "levels"),
+    # The second without P6 and P7, as aerial_digits/lite0_128.yaml.
+    [("batch", _levels(32, 64, 128, 256, 512)), ("moving_average", _levels(16, 32, 64))],
+)
+def test_two_processes_train_as_one_with_their_images(arguments, tmp_path, normalizer, levels):
+    key = ("MODEL.RETINANET.LOSS_NORMALIZER", normalizer, *levels)
     assert main(["train", *arguments(tmp_path / "one", *key)]) == 0
     assert main(["train", *arguments(tmp_path / "two", "--num-gpus", "2", *key)]) == 0
     _assert_same_training(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "log.txt.rank1").exists()
     results = [json.loads((tmp_path / x / "results.json").read_text())["bbox"] for x in ("one", "two")]
     assert results[0].keys() == results[1].keys()
+
+
+@pytest.mark.slow
+def test_parameters_without_gradient_are_refused(arguments, tmp_path, capfd):
+    """P5's last convolution, which P3 and P4 do not need."""
+    assert main(["train", *arguments(tmp_path / "run", "--num-gpus", "2", *_levels(16, 32))]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "No loss depends on 2 parameters" in error and "(backbone.fpn_output5.weight" in error
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def _torchrun(tool, *arguments):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.checkpoint import load_weights, require_complete
 
 
 def make_config(base=None, name="build_retinanet_efficientnet_fpn_backbone"):
@@ -101,6 +102,61 @@ def test_levels_of_retinanet():
     p7 = F.conv2d(p6.relu(), top.p7.weight, top.p7.bias, stride=2, padding=1)
     torch.testing.assert_close(features["p6"], p6)
     torch.testing.assert_close(features["p7"], p7)
+
+
+RETINANET = ("SelfTrainingRetinaNet", "RETINANET", "build_retinanet_efficientnet_fpn_backbone")
+SEGMENTOR = ("SelfTrainingSegmentor", "SEM_SEG_HEAD", "build_retinanet_efficientnet_fpn_backbone")
+RCNN = ("SelfTrainingGeneralizedRCNN", "ROI_HEADS", "build_efficientnet_fpn_backbone")
+
+
+@pytest.mark.parametrize(
+    ("model", "used", "built"),
+    [
+        (RETINANET, ["p3", "p4", "p5", "p6", "p7"], ["p3", "p4", "p5", "p6", "p7"]),
+        (RETINANET, ["p5", "p3", "p6"], ["p3", "p4", "p5", "p6"]),
+        (RETINANET, ["p3", "p4", "p5"], ["p3", "p4", "p5"]),
+        (SEGMENTOR, ["p3", "p4", "p5"], ["p3", "p4", "p5"]),
+        (RCNN, ["p3", "p4", "p5"], ["p3", "p4", "p5"]),
+        (RCNN, ["p3", "p6"], ["p3", "p4", "p5", "p6"]),
+    ],
+)
+def test_levels_above_p5_that_no_head_uses_are_not_built(model, used, built):
+    """What is built has the values that it has beside all levels."""
+    architecture, head, backbone = model
+    cfg = make_config(name=backbone)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.FPN.OUTPUT_NORM = architecture, "BN"
+    cfg.MODEL.RPN.IN_FEATURES = ["p3"]
+    everything = cfg.clone()
+    everything.MODEL[head].IN_FEATURES = ["p7"]
+    cfg.MODEL[head].IN_FEATURES = used
+    features = {}
+    for config in (cfg, everything):
+        torch.manual_seed(0)
+        net = build_backbone(config).eval()
+        with torch.no_grad():
+            features[config is cfg] = net(torch.linspace(-1, 1, 3 * 128 * 128).view(1, 3, 128, 128))
+        if config is cfg:
+            assert list(net.output_shape()) == list(features[True]) == built
+            assert {key.split(".")[1] for key in net.state_dict() if key.startswith("output_norms")} == set(
+                built
+            )
+    for name in built:
+        torch.testing.assert_close(features[True][name], features[False][name], rtol=0, atol=0)
+
+
+def test_weights_that_have_those_levels_still_load(tmp_path):
+    cfg = make_config()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.FPN.OUTPUT_NORM = "SelfTrainingRetinaNet", "BN"
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RETINANET.NUM_CONVS = 16, 1
+    with_all = build_model(cfg)
+    torch.save({"model": with_all.state_dict()}, tmp_path / "old.pth")
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5"]
+    model = build_model(cfg)
+    report = load_weights(model, str(tmp_path / "old.pth"))
+    require_complete(report, "old.pth")
+    assert report.unexpected and all("p6" in name or "p7" in name for name in report.unexpected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, with_all.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("norm", ["", "BN", "SyncBN", "FrozenBN", "GN"])
