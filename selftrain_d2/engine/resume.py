@@ -19,7 +19,7 @@ class RunState(HookBase):
     alone. So with a loader that continues at the step where training stopped
     (``MixedBatchSampler.first_batch``), a run that was killed and resumed gives the same weights as one that
     was not: bit for bit on a CPU, on GPUs as far as their kernels are deterministic. And neither evaluation on
-    the way nor any hook changes the training.
+    the way nor any hook before this one changes the training.
 
     Args:
         seed: of the run; None leaves torch's random states alone.

@@ -257,8 +257,8 @@ def _train(
             hooks.PeriodicCheckpointer(checkpointer, steps, max_to_keep=_CHECKPOINTS_TO_KEEP)
             if main
             else None,
-            hooks.PeriodicWriter(default_writers(str(output), max_iter)) if main else None,
             RunState(seed),
+            hooks.PeriodicWriter(default_writers(str(output), max_iter)) if main else None,
         ]
     )
     start = 0

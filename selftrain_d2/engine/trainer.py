@@ -142,7 +142,10 @@ class SelfTrainingTrainer(DefaultTrainer):
         self.data_loader.batch_sampler.first_batch = self.start_iter
 
     def build_hooks(self) -> list[HookBase]:
-        """DefaultTrainer's hooks between ours: each checkpoint must hold this step's averages."""
+        """DefaultTrainer's hooks between ours: each checkpoint must hold this step's averages.
+
+        The writer is last, as in DefaultTrainer: what users ``insert(-1, hook)`` has its turn before it.
+        """
         cfg = self.cfg
         first: list[HookBase] = [build_loss_normalizer(cfg)]
         if comm.get_world_size() > 1:
@@ -158,7 +161,9 @@ class SelfTrainingTrainer(DefaultTrainer):
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
             for hook in super().build_hooks()
         ]
-        return [*first, *default, RunState(stage_seed(cfg))]
+        writers = [hook for hook in default if isinstance(hook, hooks.PeriodicWriter)]  # none but on rank 0
+        others = [hook for hook in default if hook not in writers]
+        return [*first, *others, RunState(stage_seed(cfg)), *writers]
 
     def after_train(self) -> None:
         super().after_train()

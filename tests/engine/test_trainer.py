@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from detectron2.engine import AMPTrainer
+from detectron2.engine import AMPTrainer, HookBase
 
 from selftrain_d2 import InputError, LossNormalizer, SelfTrainingTrainer
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
@@ -70,6 +70,26 @@ def test_logged_losses_follow_the_formula(student_config, tmp_path):
     ratio = history["human_loss"][0] / history["pseudo_loss"][0]
     assert history["pseudo_loss_weight"][:2] == pytest.approx([2 / 3, 2 / 3 * ratio])
     assert "human_loss_average" in line
+
+
+class _Extra(HookBase):
+    def after_step(self):
+        self.trainer.storage.put_scalar("extra", self.trainer.iter, smoothing_hint=False)
+
+
+def test_what_a_hook_before_the_last_one_logs_is_written(student_config, tmp_path):
+    """detectron2's idiom for hooks of one's own."""
+
+    class Trainer(SelfTrainingTrainer):
+        def build_hooks(self):
+            built = super().build_hooks()
+            built.insert(-1, _Extra())
+            return built
+
+    student_config.SOLVER.MAX_ITER = 2
+    Trainer(student_config).train()
+    (line,) = (tmp_path / "output" / "metrics.json").read_text().splitlines()  # at the end, or every 20 steps
+    assert json.loads(line)["extra"] == json.loads(line)["iteration"] == 1
 
 
 def test_with_detectron2s_amp_trainer_unchanged(student_config, monkeypatch):
