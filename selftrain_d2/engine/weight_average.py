@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from selftrain_d2.engine.loss_normalizer import model_of
@@ -40,20 +40,26 @@ class WeightAverage(HookBase):
 
     def before_train(self) -> None:
         # Made here, not before: weights are loaded by now.
-        self._average = AveragedModel(model_of(self.trainer), multi_avg_fn=self._move, use_buffers=True)
+        self._average = AveragedModel(model_of(self.trainer), use_buffers=True)
         if self._loaded is not None:
             self._average.load_state_dict(self._loaded)
             self._loaded = None
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        self._average.update_parameters(model_of(self.trainer))
-
-    def _move(self, averages: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
-        if not averages[0].is_floating_point():  # numbers of batches
-            torch._foreach_copy_(averages, values)
-            return
-        updates = int(updates)
-        torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + updates) / (10 + updates)))
+        # AveragedModel.update_parameters moves the number of updates to the GPU, and so waits for it.
+        updates = self._average.n_averaged  # on the CPU
+        n = int(updates)
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        model = model_of(self.trainer)
+        averages = (*self.model.parameters(), *self.model.buffers())
+        pairs = list(zip(averages, (*model.parameters(), *model.buffers())))
+        moved = [pair for pair in pairs if pair[1].is_floating_point()]
+        copied = [pair for pair in pairs if not pair[1].is_floating_point()]  # numbers of batches
+        torch._foreach_lerp_([a for a, _ in moved], [v for _, v in moved], 1 - decay)
+        if copied:
+            torch._foreach_copy_([a for a, _ in copied], [v for _, v in copied])
+        updates += 1
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from selftrain_d2 import InputError, SelfTrainingTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
@@ -73,6 +76,18 @@ def test_the_average_is_evaluated_and_training_goes_on_without_it(config):
     assert all(torch.equal(a, b) for a, b in zip(seen[-1], average))
     for a, b in zip(trainer.model.parameters(), undisturbed.model.parameters()):
         assert torch.equal(a, b)
+
+
+def test_no_step_waits_for_a_gpu():
+    """Tensors on the meta device have no values to wait for: asking for one is an error there."""
+    hook = WeightAverage(0.9)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    hook.trainer = SimpleNamespace(model=model)
+    hook.before_train()
+    for _ in range(3):
+        hook.after_step()
+    assert int(hook.state_dict()["n_averaged"]) == 3
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
