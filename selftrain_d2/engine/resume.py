@@ -51,4 +51,5 @@ class RunState(HookBase):
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of torch's random numbers of one step in one process."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    return int(state) >> 1  # numpy 1 shifts no uint64 by an int

@@ -73,7 +73,7 @@ class StepTrainer(SimpleTrainer):
         self.save_batch = save_batch
         self.skipped_steps = 0
         device = next(model.parameters()).device.type
-        self.grad_scaler = torch.amp.GradScaler(device, enabled=precision is torch.float16)
+        self.grad_scaler = _grad_scaler(device, enabled=precision is torch.float16)
 
     def run_step(self) -> None:
         """One step of the optimizer, unless a loss is not finite."""
@@ -211,6 +211,13 @@ class StepTrainer(SimpleTrainer):
         self.skipped_steps = state.get("skipped_steps", 0)
         if "grad_scaler" in state and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+
+def _grad_scaler(device: str, enabled: bool) -> torch.amp.GradScaler | torch.cuda.amp.GradScaler:
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device, enabled=enabled)
+    # torch before 2.3; only CUDA trains in float16.
+    return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
 def split_batch(batch: list[dict], parts: int) -> list[list[dict]]:

@@ -292,3 +292,10 @@ def test_logged_scalars(student_config):
     assert 0.2 <= logged["pseudo_empty_share"] <= 0.9
     assert logged["human_boxes_per_image"] > logged["pseudo_boxes_per_image"] > 0
     assert logged["weighted_human_loss"] > 0 and logged["weighted_pseudo_loss"] > 0
+
+
+def test_a_torch_without_a_scaler_for_every_device(monkeypatch, small_config):
+    """torch 2.2 has CUDA's alone."""
+    monkeypatch.delattr(torch.amp, "GradScaler", raising=False)
+    trainer = _three_steps(_frozen_retinanet(small_config))
+    assert trainer.iter == 3 and not trainer.grad_scaler.is_enabled()
