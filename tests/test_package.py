@@ -16,6 +16,7 @@ PACKAGE = Path(selftrain_d2.__file__).parent
 ALLOWED = {
     "config": set(),
     "errors": set(),
+    "environment": set(),
     "files": {"errors"},
     "data": {"errors", "files"},
     "modeling": {"errors", "files"},

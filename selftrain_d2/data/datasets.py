@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,17 @@ def coco_class_names(coco: dict[str, Any]) -> list[str]:
 
 
 def check_coco_json(
-    json_file: str | os.PathLike, image_root: str | os.PathLike, *, allow_flat: bool = True
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    allow_flat: bool = True,
+    rename: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """Read a COCO JSON of human labels and check all that would fail later, or train on nonsense.
 
     Args:
         allow_flat: only warn of boxes without width or height. Training drops them, and COCO's own train2017 has two.
+        rename: gives each image's ``file_name`` the name that it has in ``image_root``.
 
     Returns:
         The parsed file.
@@ -185,6 +190,8 @@ def check_coco_json(
         if not isinstance(coco.get(key), list) or not coco[key]:
             raise InputError(f"{path} is not a COCO file to train or evaluate on: it has no {key!r}.")
     try:
+        for image in coco["images"] if rename else ():
+            image["file_name"] = rename(image["file_name"])
         _check_entries(path, coco, image_root, allow_flat)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -258,16 +265,20 @@ def class_names(name: str) -> list[str] | None:
     return metadata.get("thing_classes") or metadata.get("stuff_classes")
 
 
-def check_same_classes(expected: Sequence[str], found: Sequence[str], where: str, reference: str) -> None:
+def check_same_classes(
+    expected: Sequence[str], found: Sequence[str], where: str, reference: str, advice: str = ""
+) -> None:
     """Raise InputError unless two datasets have the same classes in the same order.
 
     Args:
         expected, found: class names by contiguous id.
         where, reference: what has ``found`` and ``expected``, for the message.
+        advice: what to do where the names are the same and their order is not, for the message.
     """
     if list(expected) != list(found):
+        advice = f"; {advice}" if advice and sorted(expected) == sorted(found) else ""
         raise InputError(
-            f"{where} has other classes than {reference}: {_shortened(found)} against {_shortened(expected)}."
+            f"{where} has other classes than {reference}: {_shortened(found)} against {_shortened(expected)}{advice}."
         )
 
 

@@ -146,6 +146,13 @@ def get_pseudo_dicts(cfg) -> Sequence[dict[str, Any]]:
     return parts[0] if len(parts) == 1 else ConcatDataset(map(_shared, parts))
 
 
+# FiftyOne and Label Studio write classes by the alphabet.
+_IN_ORDER = (
+    "they must be in the same order, which `selftrain-d2 import --classes NAME ...` gives to pseudo labels of other "
+    "tools"
+)
+
+
 def check_classes(human: str, others: Sequence[str], kind: str) -> None:
     """Raise InputError unless registered datasets have the classes of the human-labeled one.
 
@@ -159,9 +166,8 @@ def check_classes(human: str, others: Sequence[str], kind: str) -> None:
     for name in others:
         found = class_names(name)
         if expected is not None and found is not None:
-            check_same_classes(
-                expected, found, f"The {kind} dataset {name!r}", f"the human-labeled dataset {human!r}"
-            )
+            where, reference = f"The {kind} dataset {name!r}", f"the human-labeled dataset {human!r}"
+            check_same_classes(expected, found, where, reference, advice=_IN_ORDER)
 
 
 def _one_pseudo_dataset(name: str) -> Sequence[dict[str, Any]]:

@@ -11,8 +11,9 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TextIO
+from urllib.parse import unquote
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -30,6 +31,9 @@ from selftrain_d2.files import whole_file
 
 logger = logging.getLogger(__name__)
 
+#: What Label Studio puts before the names of files on its machine's disk.
+LABEL_STUDIO_PREFIX = "/data/local-files/?d="
+
 
 def export_coco(
     folder: str | os.PathLike,
@@ -43,7 +47,8 @@ def export_coco(
 
     Category ids are 1, 2, ... in the order of the classes, file names are relative to the image root (which
     ``info`` names), and each annotation has its ``score``. Images without boxes are there, skipped ones are not.
-    Masks are compressed RLE.
+    Masks are compressed RLE; boxes without one have the ``segmentation`` ``[]``, because CVAT and datumaro refuse files
+    without that key, or without ``licenses``.
 
     Args:
         folder: what ``generate_pseudo_labels`` wrote.
@@ -65,7 +70,8 @@ def export_coco(
     }
     categories = [{"id": i, "name": name} for i, name in enumerate(manifest["thing_classes"], start=1)]
     with whole_file(json_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(f'{{"info": {json.dumps(info)},\n"categories": {json.dumps(categories)},\n"images": ')
+        file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n')
+        file.write(f'"categories": {json.dumps(categories)},\n"images": ')
         images = _write_list(file, _coco_images(labels))
         file.write(',\n"annotations": ')
         annotations = _write_list(file, _coco_annotations(labels))
@@ -98,19 +104,17 @@ def _coco_annotations(labels: PseudoLabelDataset) -> Iterator[dict[str, Any]]:
         for annotation in image["annotations"]:
             left, top, right, bottom = annotation["bbox"]
             width, height = right - left, bottom - top
-            exported = {
+            yield {
                 "id": next(ids),
                 "image_id": image_id,
                 "category_id": annotation["category_id"] + 1,
                 "bbox": [left, top, width, height],
                 "area": width * height,
                 "iscrowd": 0,
+                "segmentation": annotation.get("segmentation", []),
                 # As short as float32 can be told: 0.7, where double precision has 0.699999988079071.
                 "score": float(str(np.float32(annotation["score"]))),
             }
-            if "segmentation" in annotation:
-                exported["segmentation"] = annotation["segmentation"]
-            yield exported
 
 
 def import_coco(
@@ -122,8 +126,10 @@ def import_coco(
 ) -> dict[str, Any]:
     """Make a pseudo-label folder of a COCO JSON, such as an exported one that people corrected.
 
-    Boxes keep their ``score``; those without one, which people drew, get 1. Annotations with ``iscrowd`` are left
-    out. Masks, polygons or RLE, are kept if every box has one.
+    Boxes keep their ``score``; those without one, which people drew, get 1. Annotations with ``iscrowd`` 1 are objects
+    like the others: CVAT and datumaro mark RLE masks so. The log says how many there are of both. Masks, polygons or
+    RLE, are kept if every box has one. Label Studio's names of local files (``/data/local-files/?d=...``) are made
+    relative to the image root.
 
     Args:
         json_file: COCO JSON. Read into memory as a whole.
@@ -139,7 +145,9 @@ def import_coco(
         InputError: see ``check_coco_json``; a category that is not in ``thing_classes``; a score that is no number
             from 0 to 1; a mask for some boxes alone; ``folder`` holds other pseudo labels.
     """
-    coco = check_coco_json(json_file, image_root, allow_flat=False)
+    coco = check_coco_json(
+        json_file, image_root, allow_flat=False, rename=lambda name: _local_name(name, image_root)
+    )
     names = list(coco_class_names(coco) if thing_classes is None else thing_classes)
     identity = {
         "thing_classes": names,
@@ -172,23 +180,30 @@ class _Rows:
         unknown = [c["name"] for c in coco["categories"] if c["name"] not in class_names]
         if unknown:
             raise InputError(
-                f"{json_file} has the category {unknown[0]!r}, which is not among {list(class_names)}."
+                f"{json_file} has the category {unknown[0]!r}, which is not among {list(class_names)}: "
+                "correct --classes, or the file."
             )
         self.contiguous = {c["id"]: class_names.index(c["name"]) for c in coco["categories"]}
         self.annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-        for annotation in coco.get("annotations", []):
-            if not annotation.get("iscrowd", 0):
-                self._check_score(annotation)
-                self.annotations[annotation["image_id"]].append(annotation)
-        boxes = sum(map(len, self.annotations.values()))
-        masks = sum(bool(a.get("segmentation")) for group in self.annotations.values() for a in group)
+        annotations = coco.get("annotations", [])
+        for annotation in annotations:
+            self._check_score(annotation)
+            self.annotations[annotation["image_id"]].append(annotation)
+        boxes = len(annotations)
+        masks = sum(bool(a.get("segmentation")) for a in annotations)
         if 0 < masks < boxes:
             raise InputError(
                 f"{json_file} has masks for {masks} of its {boxes} boxes: add the others, or remove every "
                 "'segmentation' to import boxes alone."
             )
         self.has_masks = masks > 0
-        logger.info(f"{json_file}: {len(self.images)} images, {boxes} boxes.")
+        unscored = sum(a.get("score") is None for a in annotations)
+        crowd = sum(bool(a.get("iscrowd")) for a in annotations)
+        logger.info(
+            f"{json_file}: {len(self.images)} images, {boxes} boxes, {unscored} of them without a score, which get 1"
+            + (f", {crowd} of them with iscrowd 1, taken as objects." if crowd else ".")
+        )
+        logger.info(f"Classes, in the order of training: {', '.join(class_names)}.")
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         image = self.images[position]
@@ -241,3 +256,15 @@ def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     if isinstance(segmentation["counts"], list):
         return mask_util.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def _local_name(file_name: str, image_root: str | os.PathLike) -> str:
+    """A file name without what Label Studio made of it."""
+    _, prefix, quoted = file_name.partition(LABEL_STUDIO_PREFIX)
+    if not prefix:
+        return file_name
+    name = unquote(quoted)
+    # It begins at Label Studio's document root, in which the image root may lie deeper.
+    root, parts = PurePath(absolute_root(image_root)).parts, PurePath(name).parts
+    inside = (os.path.join(*parts[n:]) for n in range(len(parts)) if parts[:n] == root[len(root) - n :])
+    return next((path for path in inside if os.path.isfile(os.path.join(image_root, path))), name)

@@ -1,5 +1,6 @@
 import json
 import tarfile
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -13,7 +14,8 @@ from pycocotools.coco import COCO
 
 from selftrain_d2 import InputError, load_pseudo_labels
 from selftrain_d2.cli import main
-from selftrain_d2.data.datasets import register_human_labels, unregister
+from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
+from selftrain_d2.data.loader import check_classes
 from selftrain_d2.data.pseudo_labels.exchange import export_coco, import_coco
 from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
 from selftrain_d2.data.pseudo_labels.shards import make_row
@@ -122,6 +124,17 @@ def test_what_other_tools_read(tmp_path, photos):
     assert coco.dataset["info"]["image_root"] == str(photos)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_what_cvat_and_datumaro_refuse_to_miss(tmp_path, photos, masks):
+    """``licenses`` in the file, ``segmentation`` in each annotation."""
+    _write(tmp_path / "labels", photos, BOXES, masks)
+    export_coco(tmp_path / "labels", tmp_path / "coco.json", 0.05)
+    content = json.loads((tmp_path / "coco.json").read_text())
+    assert content["licenses"] == [] and len(content["annotations"]) == 3
+    for annotation in content["annotations"]:
+        assert annotation["segmentation"] == [] or masks
+
+
 def test_labels_of_an_archive_come_back(tmp_path, photos):
     with tarfile.open(tmp_path / "photos.tar", "w") as archive:
         archive.add(photos, "")
@@ -196,7 +209,6 @@ def test_what_people_correct_comes_back(tmp_path, photos, corrected):
         content["annotations"].append(  # drawn, with no score
             {"id": 9, "image_id": 2, "category_id": 3, "bbox": [5, 5, 6, 6], "iscrowd": 0}
         )
-        content["annotations"].append({**content["annotations"][-1], "id": 10, "iscrowd": 1})
 
     manifest = import_coco(corrected(change), photos, tmp_path / "back")
     assert (manifest["labeled"], manifest["empty"], manifest["boxes"]) == (3, 0, 3)
@@ -215,6 +227,86 @@ def test_what_people_correct_comes_back(tmp_path, photos, corrected):
     assert (tmp_path / "back" / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"imported_json_sha256: [0-9a-f]{64} there, [0-9a-f]{64} now"):
         import_coco(tmp_path / "exported.json", photos, tmp_path / "back")
+
+
+def test_objects_marked_as_crowd_stay(tmp_path, photos, capsys):
+    """CVAT and datumaro mark every RLE mask so."""
+    _write(tmp_path / "labels", photos, BOXES, masks=True)
+    export_coco(tmp_path / "labels", tmp_path / "coco.json", 0.05)
+    content = json.loads((tmp_path / "coco.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    command = [
+        "import",
+        str(tmp_path / "coco.json"),
+        "--images",
+        str(photos),
+        "--output",
+        str(tmp_path / "back"),
+    ]
+    assert main(command) == 0
+    assert load_pseudo_labels(tmp_path / "back", 0.0) == load_pseudo_labels(tmp_path / "labels", 0.05)
+    assert (
+        "3 boxes, 0 of them without a score, which get 1, 3 of them with iscrowd 1" in capsys.readouterr().out
+    )
+
+
+def test_boxes_without_a_score_are_counted(tmp_path, photos, corrected, capsys):
+    def change(content):
+        del content["annotations"][0]["score"]
+        content["annotations"][2]["score"] = None
+
+    command = ["import", str(corrected(change)), "--images", str(photos), "--output", str(tmp_path / "back")]
+    assert main(command) == 0
+    assert "3 images, 3 boxes, 2 of them without a score, which get 1." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", ["", "http://localhost:8080"])
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_names_that_label_studio_gave(tmp_path, corrected, host, above):
+    """Quoted, and relative to its document root: the image folder or one that it lies in."""
+    root = tmp_path / "photos of 2024"
+    (root / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png", "c.png"):
+        (root / name).touch()
+
+    def change(content):
+        document_root = [root, *root.parents][above]
+        for image in content["images"]:
+            path = (root / image["file_name"]).relative_to(document_root)
+            image["file_name"] = f"{host}/data/local-files/?d={quote(path.as_posix())}"
+
+    import_coco(corrected(change), root, tmp_path / "back")
+    names = [d["image_id"] for d in load_pseudo_labels(tmp_path / "back", 0.0)]
+    assert names == ["a.png", "deep/b.png", "c.png"]
+
+
+def test_a_name_of_label_studio_without_an_image(tmp_path, photos, corrected):
+    def change(content):
+        content["images"][1]["file_name"] = "/data/local-files/?d=elsewhere/b.png"
+
+    with pytest.raises(InputError, match=r"names 1 images that are not in .*, e\.g\. elsewhere/b\.png"):
+        import_coco(corrected(change), photos, tmp_path / "back")
+
+
+def test_classes_in_the_order_of_another_tool(tmp_path, photos, corrected):
+    """FiftyOne and Label Studio sort them: the message names the argument that sets their order."""
+
+    def change(content):
+        content["categories"] = [
+            {"id": number, "name": name} for number, name in enumerate(sorted(CLASSES), start=1)
+        ]
+
+    file = corrected(change)
+    import_coco(file, photos, tmp_path / "back")
+    register_human_labels("people", tmp_path / "exported.json", photos)
+    register_pseudo_labels("sorted", tmp_path / "back")
+    with pytest.raises(InputError, match=r"in the same order, which `selftrain-d2 import --classes NAME"):
+        check_classes("people", ["sorted"], "pseudo-labeled")
+    import_coco(file, photos, tmp_path / "again", thing_classes=CLASSES)
+    register_pseudo_labels("in order", tmp_path / "again")
+    check_classes("people", ["in order"], "pseudo-labeled")
 
 
 def test_categories_are_told_by_name(tmp_path, photos, corrected):
