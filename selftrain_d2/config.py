@@ -1,6 +1,15 @@
-"""The config keys of this plugin. They only add to detectron2's."""
+"""The config keys of this plugin, which only add to detectron2's, and the folder of the configs that come with it."""
+
+from pathlib import Path
 
 from detectron2.config import CfgNode
+
+_PACKAGE = Path(__file__).resolve().parent
+#: Where the shipped configs are: in the package when installed, at the top of the repository when not.
+CONFIGS = next(
+    (folder / "configs" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "configs").is_dir()),
+    _PACKAGE / "configs",
+)
 
 
 def add_selftrain_config(cfg: CfgNode) -> None:

@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,10 +139,45 @@ def test_the_overview_has_a_line_for_each_command_and_fits_a_terminal(capsys):
     assert main([]) == 2 and capsys.readouterr().out.splitlines() == lines
 
 
-@pytest.mark.parametrize("module", ["selftrain_d2", "selftrain_d2.cli"])
-def test_as_a_module_it_tells_its_version(module):
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
-    )
+def test_as_a_module_it_tells_its_version():
+    command = [sys.executable, "-m", "selftrain_d2", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"selftrain_d2 {selftrain_d2.__version__} (detectron2 ")
     assert "torch 2" in done.stdout
+
+
+def test_an_installed_package_has_its_configs(tmp_path):
+    """What a wheel holds, away from the clone: every config, and the experiments that read them."""
+    root = PACKAGE.parent
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)],
+        cwd=root,
+        check=True,
+    )
+    shipped = {path.relative_to(root) for path in (root / "configs").rglob("*.yaml")}
+    assert {path.relative_to(tmp_path / "selftrain_d2") for path in tmp_path.rglob("*.yaml")} == shipped
+    code = (
+        "from selftrain_d2.experiments import cost, model_table; "
+        "print(cost.__file__, len(cost.paper_trainings()), cost.grid_table(lambda *_: 1.0).count('coco_table'), "
+        "model_table.results_table('coco/resnet50').count('../configs/'), sep='\\n')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, *counts = result.stdout.split()
+    assert file.startswith(str(tmp_path))
+    families = ("coco/efficientnet_b7", "coco/resnet50", "coco/resnet101", "pascal_voc/efficientnet_b7")
+    paper = [
+        f
+        for family in (*families, "pascal_voc/efficientnet_l2")
+        for f in (root / "configs" / family).glob("*")
+    ]
+    tables = list((root / "configs" / "grids").glob("coco_table_*.yaml"))
+    resnets = list((root / "configs" / "coco" / "resnet50").glob("*.yaml"))
+    assert list(map(int, counts)) == [len(paper), len(tables), len(resnets)] and min(map(int, counts)) > 0

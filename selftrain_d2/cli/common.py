@@ -10,19 +10,13 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.config import CONFIGS, add_selftrain_config
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.engine.config_values import check_values, merge_options, one_line, value_of
 from selftrain_d2.engine.launch import Processes
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-# Where the configs are: in the package when installed, at the top of the repository when not.
-_CONFIG_FOLDERS = (
-    Path(__file__).resolve().parents[1] / "configs",
-    Path(__file__).resolve().parents[2] / "configs",
-)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +108,7 @@ def find_config(name: str) -> Path:
     Raises:
         InputError: neither exists. The message lists the shipped ones.
     """
-    for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
+    for path in (Path(name), CONFIGS / name):
         if path.is_file():
             return path
     raise InputError(f"Config file {name} does not exist; shipped are: {', '.join(shipped_configs())}.")
@@ -122,6 +116,5 @@ def find_config(name: str) -> Path:
 
 def shipped_configs() -> list[str]:
     """Names of all shipped configs of detectors; those of grids of experiments are not among them."""
-    folder = next((f for f in _CONFIG_FOLDERS if f.is_dir()), None)
-    names = [] if folder is None else sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    names = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
     return [name for name in names if not name.startswith("grids/")]

@@ -1,4 +1,4 @@
-"""What the paper's trainings cost: ``python -m selftrain_d2.experiments.cost [TFLOP/s]``, in a clone.
+"""What the paper's trainings cost: ``python -m selftrain_d2.experiments.cost [TFLOP/s]``.
 
 Operations as fvcore counts them: a multiplication with its addition is one. The forward pass of an image is counted by
 running each model once: a minute on a CPU, and some gigabytes of memory.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from selftrain_d2.config import CONFIGS
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.experiments import model_table
 from selftrain_d2.experiments.benchmarks.timing import markdown_table
@@ -65,7 +66,7 @@ def paper_trainings() -> dict[str, Training]:
     """What the cost depends on of every training of the paper that has a config, by the config's name."""
     trainings = {}
     for family in PAPER_FAMILIES:
-        for path in sorted((model_table.CONFIGS / family).glob("*.yaml")):
+        for path in sorted((CONFIGS / family).glob("*.yaml")):
             name = f"{family}/{path.name}"
             cfg = model_table.load_config(name)
             images = cfg.SOLVER.IMS_PER_BATCH + cfg.SOLVER.PSEUDO_IMS_PER_BATCH
@@ -125,7 +126,7 @@ def grid_exaflop(grid: Grid, gflops: Callable[[str, int], float]) -> list[float]
 def grid_table(gflops: Callable[[str, int], float], tflops: float = ASSUMED_TFLOPS) -> str:
     """All trainings of each of the paper's grids; arguments as in :func:`cost_table`."""
     rows = []
-    for file in sorted((model_table.CONFIGS / "grids").glob("*.yaml")):
+    for file in sorted((CONFIGS / "grids").glob("*.yaml")):
         if file.stem.startswith(("coco", "pascal_voc")):
             costs = grid_exaflop(load_grid(file), gflops)
             rows.append(

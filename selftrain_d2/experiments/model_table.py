@@ -1,4 +1,4 @@
-"""The tables of docs/model_zoo.md, on standard output: ``python -m selftrain_d2.experiments.model_table``, in a clone.
+"""The tables of docs/model_zoo.md, on standard output: ``python -m selftrain_d2.experiments.model_table``.
 
 Runs every backbone, every detector of configs/coco and every segmentation model of configs/pascal_voc once, on one
 image: minutes on a CPU, and some gigabytes of memory.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -19,11 +18,10 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 import selftrain_d2  # noqa: F401  (registers every component)
-from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.config import CONFIGS, add_selftrain_config
 from selftrain_d2.experiments.benchmarks.timing import markdown_table
 from selftrain_d2.modeling.backbone import EFFICIENTNET_NAMES, EfficientNet, batch_norm_builder
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZE = 640
 
 BACKBONES = [name for name in EFFICIENTNET_NAMES if "lite" not in name] + ["efficientnet-lite0"]
