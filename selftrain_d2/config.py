@@ -87,7 +87,8 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.INPUT.AUGMENTATION = CfgNode()
     # A name in AUGMENTATION_REGISTRY: S1 (flip, crop) ... S4 (RandAugment, large scale jitter).
     cfg.INPUT.AUGMENTATION.POLICY = "S1"
-    # Side of the square training image and longest side of a test image, in pixels.
+    # Side of the square training image and longest side of a test image, in pixels. The latter is written to a run's
+    # config.yaml as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST too, for detectron2's own predictor.
     cfg.INPUT.AUGMENTATION.IMAGE_SIZE = 640
     # Scale jitter relative to IMAGE_SIZE. (0, 0) takes the policy's own: 0.8-1.2 (S1, S2), 0.5-2.0 (S3, S4).
     cfg.INPUT.AUGMENTATION.SCALE_RANGE = (0.0, 0.0)

@@ -20,6 +20,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessRaisedException
 
+from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
 from selftrain_d2.data.image_sources import absolute_root
@@ -188,11 +189,30 @@ def _run(cfg: CfgNode, datasets: Sequence[DatasetSpec]) -> Iterator[None]:
                 log_to_console()
             logging.getLogger("detectron2").info("Environment:\n" + collect_env_info())
             with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
-                file.write(cfg.dump())
+                file.write(_written(cfg).dump())
         seed = stage_seed(cfg)
         # Lower 31 bits: NumPy takes no more than 32.
         seed_all_rng(None if seed is None else (seed + rank) % 2**31)
         yield
+
+
+def _written(cfg: CfgNode) -> CfgNode:
+    """A run's config for other programs: with it detectron2's own predictor and test loader resize as the run does."""
+    written = cfg.clone()
+    written.defrost()
+    policy = cfg.INPUT.AUGMENTATION.POLICY
+    if not set_test_size(written):
+        logger.warning(
+            f"detectron2's own predictor and test loader cannot resize images as policy {policy} does: with this run's "
+            "config.yaml their results differ from those here."
+        )
+    sizes, before = ((c.INPUT.MIN_SIZE_TEST, c.INPUT.MAX_SIZE_TEST) for c in (written, cfg))
+    if sizes != before:
+        logger.info(
+            f"config.yaml has INPUT.MIN_SIZE_TEST {sizes[0]} and MAX_SIZE_TEST {sizes[1]} in place of {before[0]} and "
+            f"{before[1]}: the size that policy {policy} tests at."
+        )
+    return written
 
 
 def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_unsafe: bool) -> None:

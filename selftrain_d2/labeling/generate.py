@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.image_sources import absolute_root, check_distinct
 from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
@@ -171,10 +172,15 @@ def teacher_config_sha256(cfg: CfgNode) -> str:
     model.defrost()
     model.WEIGHTS = model.DEVICE = ""
     model.RETINANET.SCORE_THRESH_TEST = model.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    test = cfg.clone()
+    test.defrost()
+    set_test_size(test)
     parts = [
         model.dump(),
         cfg.INPUT.FORMAT,
         cfg.INPUT.AUGMENTATION.IMAGE_SIZE,
+        test.INPUT.MIN_SIZE_TEST,
+        test.INPUT.MAX_SIZE_TEST,
         cfg.TEST.DETECTIONS_PER_IMAGE,
         cfg.SELFTRAIN.LABEL_PRECISION,
         cfg.SELFTRAIN.TTA.dump(),

@@ -38,6 +38,8 @@ def view_augmentations(cfg: CfgNode) -> list[T.AugmentationList]:
         scaled = cfg.clone()
         scaled.defrost()
         scaled.INPUT.AUGMENTATION.IMAGE_SIZE = max(round(scale * cfg.INPUT.AUGMENTATION.IMAGE_SIZE), 1)
+        for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):  # of a policy that resizes as detectron2 does
+            scaled.INPUT[key] = round(scale * cfg.INPUT[key])
         augmentations.append(T.AugmentationList(build_augmentations(scaled, is_train=False)))
     return augmentations
 

@@ -10,6 +10,7 @@ from selftrain_d2.data.augmentation.registry import (
     operation_settings,
     rand_augment,
     resize_only,
+    set_test_size,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "operation_settings",
     "rand_augment",
     "resize_only",
+    "set_test_size",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from detectron2.data.transforms import Augmentation
+from detectron2.data import transforms as T
 from fvcore.transforms.transform import Transform
 
 from selftrain_d2.data.augmentation.geometric import ResizeCropPadTransform
@@ -18,7 +18,7 @@ def _resized(height: int, width: int, scale: float) -> tuple[tuple[int, int], tu
     return size, (size[0] / height, size[1] / width)
 
 
-class ScaleJitterCrop(Augmentation):
+class ScaleJitterCrop(T.Augmentation):
     """Resize by one random scale, then crop at random or pad, to a square.
 
     The scale is ``s * size / longer side`` with s drawn uniformly (Table 1: 0.8 - 1.2, or 0.5 - 2.0), so the
@@ -79,8 +79,12 @@ class ScaleJitterCrop(Augmentation):
         )
 
 
-class FitLongerSide(Augmentation):
-    """Resize so that the longer side has the given length: test images."""
+class FitLongerSide(T.ResizeShortestEdge):
+    """Resize so that the longer side has the given length: test images.
+
+    detectron2's own transform, pixel for pixel, with both of its sides the same: its predictor, demo and test loader
+    do as much where INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST are ``size``.
+    """
 
     def __init__(self, size: int):
         """
@@ -90,13 +94,13 @@ class FitLongerSide(Augmentation):
         Raises:
             InputError: for a size below 1.
         """
-        super().__init__()
         if size < 1:
             raise InputError(f"INPUT.AUGMENTATION.IMAGE_SIZE is {size}: give a size from 1.")
-        self._init(locals())
+        super().__init__(size, size)
+        self.size = size
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The transform for an image (H, W) or (H, W, C)."""
         height, width = image.shape[:2]
-        resized, scale = _resized(height, width, self.size / max(height, width))
-        return ResizeCropPadTransform(scale, (0, 0), resized, resized, min_area_fraction=0.0)
+        resized = self.get_output_shape(height, width, self.size, self.size)
+        return T.ResizeTransform(height, width, *(max(side, 1) for side in resized))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from fvcore.common.registry import Registry
+from PIL import Image
 
 from selftrain_d2.data.augmentation.jitter import FitLongerSide, ScaleJitterCrop
 from selftrain_d2.data.augmentation.ops import OperationSettings
@@ -41,6 +42,31 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             f"INPUT.AUGMENTATION.POLICY is {name!r}, which is not registered; known are {known}."
         )
     return AUGMENTATION_REGISTRY.get(name)(cfg, is_train)
+
+
+def set_test_size(cfg: CfgNode) -> bool:
+    """Make INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, in place, what the policy does to test images.
+
+    These keys are all that detectron2's DefaultPredictor, demo and test loader know; with them they see the images of
+    our evaluation and labeling.
+
+    Returns:
+        Whether they can say it: not for a policy that does more than one ResizeShortestEdge to a fixed size.
+    """
+    resizing = build_augmentations(cfg, is_train=False)
+    if not resizing:
+        cfg.INPUT.MIN_SIZE_TEST = 0  # images stay as they are
+        return True
+    resize = resizing[0]
+    if (
+        len(resizing) > 1
+        or not isinstance(resize, T.ResizeShortestEdge)
+        or len(set(resize.short_edge_length)) > 1
+        or resize.interp != Image.BILINEAR
+    ):
+        return False
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = resize.short_edge_length[0], resize.max_size
+    return True
 
 
 @AUGMENTATION_REGISTRY.register()

@@ -1,5 +1,6 @@
 """S1 to S4 as assembled from a config, alone and in detectron2's own mapper."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -9,15 +10,20 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import BoxMode
 from fvcore.transforms.transform import VFlipTransform
+from PIL import Image
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data import augmentation
-from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations
+from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations, set_test_size
 from selftrain_d2.data.augmentation.jitter import FitLongerSide, ScaleJitterCrop
 from selftrain_d2.data.augmentation.policies import AUTOAUGMENT_POLICIES, AutoAugment, RandAugment
+from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.errors import InputError
+from selftrain_d2.labeling.generate import teacher_config_sha256
+from selftrain_d2.labeling.test_time_augmentation import view_augmentations
 
 
 def make_config(**augmentation):
@@ -121,6 +127,95 @@ def test_the_documented_policy_of_ones_own():
         assert resize.size == 32
     finally:
         AUGMENTATION_REGISTRY._obj_map.pop("Aerial", None)
+
+
+def own_policy(augmentations):
+    """A context manager: the policy "Own" gives what ``augmentations(cfg, is_train)`` does."""
+
+    @contextlib.contextmanager
+    def registered():
+        AUGMENTATION_REGISTRY._do_register("Own", augmentations)
+        try:
+            yield make_config(POLICY="Own")
+        finally:
+            AUGMENTATION_REGISTRY._obj_map.pop("Own", None)
+
+    return registered()
+
+
+#: (height, width)
+TEST_IMAGES = [(64, 64), (40, 90), (90, 40), (37, 101), (480, 640), (5, 100), (1, 1)]
+
+
+@pytest.mark.parametrize("height, width", TEST_IMAGES)
+def test_detectron2s_mapper_sees_our_test_images(height, width, tmp_path):
+    """Pixel for pixel, at any size of ours, once the config says it in detectron2's keys."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for name in ("a.png", "b.jpg"):
+        cv2.imwrite(str(tmp_path / name), pixels)
+    for size in (33, 64, 96, 640):
+        for policy, image_format in (("S1", "RGB"), ("S4", "BGR")):
+            cfg = make_config(POLICY=policy, IMAGE_SIZE=size)
+            cfg.INPUT.FORMAT = image_format
+            written = cfg.clone()
+            assert set_test_size(written)
+            assert (size, size) == (written.INPUT.MIN_SIZE_TEST, written.INPUT.MAX_SIZE_TEST)
+            ours, theirs = SelfTrainingDatasetMapper(cfg, False), DatasetMapper(written, False)
+            for name in ("a.png", "b.jpg"):
+                record = {"file_name": str(tmp_path / name), "height": height, "width": width}
+                expected = theirs(dict(record))["image"]
+                assert max(expected.shape) == size
+                np.testing.assert_array_equal(ours(record)["image"], expected)
+
+
+def test_a_policy_may_resize_test_images_by_detectron2s_keys(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 100, 3), np.uint8))
+    with own_policy(build_augmentation) as cfg:
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 60, 150
+        written = cfg.clone()
+        assert set_test_size(written) and written == cfg
+        record = {"file_name": str(tmp_path / "a.png"), "height": 30, "width": 100}
+        assert SelfTrainingDatasetMapper(cfg, False)(record)["image"].shape == (3, 45, 150)
+        # test-time augmentation scales these as it scales IMAGE_SIZE
+        cfg.SELFTRAIN.TTA.SCALES = (0.5, 2.0)
+        views = [view.get_transform for (view,) in (v.augs for v in view_augmentations(cfg))]
+        image = np.zeros((30, 100, 3), np.uint8)
+        assert [v(image).apply_image(image).shape for v in views] == [(23, 75, 3), (90, 300, 3)]
+        # and labels of another size are another teacher's
+        before = teacher_config_sha256(cfg)
+        cfg.INPUT.MIN_SIZE_TEST = 61
+        assert teacher_config_sha256(cfg) != before
+
+
+def test_test_sizes_that_do_not_matter_do_not_count():
+    """S1 to S4 have a size of their own: a config as it was written gives the same labels."""
+    cfg = make_config(IMAGE_SIZE=96)
+    before = teacher_config_sha256(cfg)
+    cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 96
+    assert teacher_config_sha256(cfg) == before
+
+
+def test_test_images_as_they_are():
+    with own_policy(lambda cfg, is_train: []) as cfg:
+        assert set_test_size(cfg)
+        image = np.zeros((30, 100, 3), np.uint8)
+        (resize,) = build_augmentation(cfg, is_train=False)
+        assert resize.get_transform(image).apply_image(image).shape == image.shape
+
+
+@pytest.mark.parametrize(
+    "augmentations",
+    [
+        [T.Resize((64, 64))],
+        [T.ResizeShortestEdge([64, 80], 100, "choice")],
+        [T.ResizeShortestEdge(64, 100, interp=Image.NEAREST)],
+        [T.ResizeShortestEdge(64, 100), T.FixedSizeCrop((64, 64))],
+    ],
+)
+def test_what_detectron2s_keys_cannot_say(augmentations):
+    with own_policy(lambda cfg, is_train: augmentations) as cfg:
+        before = cfg.clone()
+        assert not set_test_size(cfg) and cfg == before
 
 
 @pytest.mark.parametrize(
