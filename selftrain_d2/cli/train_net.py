@@ -21,7 +21,6 @@ import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.cli.dry_run import NamedDataset, Plan
 from selftrain_d2.data.image_sources import check_outside
-from selftrain_d2.data.loader import check_registered
 from selftrain_d2.engine.checks import build_without_memory, check_training
 from selftrain_d2.engine.launch import (
     classification_images,
@@ -33,6 +32,7 @@ from selftrain_d2.engine.launch import (
     train,
 )
 from selftrain_d2.engine.logs import log_to_console
+from selftrain_d2.engine.trainer import check_test_sets
 from selftrain_d2.errors import InputError
 
 
@@ -102,7 +102,7 @@ def plan(args: argparse.Namespace) -> Plan:
     plan.say("config", args.config_file)
     with registered(plan.datasets(_datasets(args, cfg))):
         if args.eval_only:
-            check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+            check_test_sets(cfg)
             plan.model(cfg, build_without_memory(cfg))
         else:
             plan.model(cfg, check_training(cfg, args.num_gpus * args.num_machines, plan.unread))

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from selftrain_d2.data.classification import classification_classes
-from selftrain_d2.data.loader import check_classes, check_registered, check_sources
+from selftrain_d2.data.loader import check_classes, check_sources
 from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
 from selftrain_d2.engine.trainer import (
     SelfTrainingTrainer,
@@ -18,6 +18,7 @@ from selftrain_d2.engine.trainer import (
     build_loss_normalizer,
     check_accumulation_steps,
     check_number_of_classes,
+    check_test_sets,
 )
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.modeling.meta_arch.classification import add_classification_head
@@ -39,7 +40,7 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
     """
     check_sources(cfg)
     if cfg.DATASETS.TEST:
-        check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+        check_test_sets(cfg)
     human = cfg.DATASETS.TRAIN[0]
     if human not in unread:
         for names, kind in (

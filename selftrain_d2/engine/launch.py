@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
 from selftrain_d2.data.image_sources import absolute_root
-from selftrain_d2.data.loader import check_registered
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
 from selftrain_d2.data.random_state import stage_seed
@@ -32,14 +31,15 @@ from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
-from selftrain_d2.engine.trainer import SelfTrainingTrainer
+from selftrain_d2.engine.trainer import SelfTrainingTrainer, check_test_sets
 from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import write_json
 from selftrain_d2.modeling.checkpoint import load_weights, require_complete
 
 logger = logging.getLogger(__name__)
 
-#: File in OUTPUT_DIR with the evaluation at the end of training; written last.
+#: File in OUTPUT_DIR with the evaluation at the end of training; written last. ``{task: {metric: value}}``, and with
+#: several names in DATASETS.TEST ``{dataset: {task: {metric: value}}}``: see :func:`results_by_set`.
 RESULTS = "results.json"
 
 #: (name, register function, its other arguments). Every process registers the datasets for itself.
@@ -104,6 +104,8 @@ def train(
     processes: Processes | None = None,
 ) -> None:
     """Train and evaluate as the config says; ``metrics.json``, ``log.txt`` and checkpoints go to OUTPUT_DIR.
+
+    Predictions for DATASETS.TEST go to ``inference/`` there; of several datasets, to ``inference/NAME/``.
 
     Args:
         cfg: a teacher's or a student's config.
@@ -228,18 +230,29 @@ def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_un
 
 def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool) -> dict[str, Any]:
     with _run(cfg, datasets):
-        check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+        check_test_sets(cfg)
         model = SelfTrainingTrainer.build_model(cfg)
         require_complete(load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe), cfg.MODEL.WEIGHTS)
         results = SelfTrainingTrainer.test(cfg, model)
-        for task, metrics in results.items():
-            logger.info(f"{task}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        for name, tasks in results_by_set(results if comm.is_main_process() else {}).items():
+            for task, metrics in tasks.items():
+                numbers = ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items())
+                logger.info(f"{name + ', ' if name else ''}{task}: {numbers}")
         return results
 
 
-def _finite(results: dict[str, Any]) -> dict[str, Any]:
+def results_by_set(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
+    """What ``results.json`` holds, as ``{dataset: {task: {metric: value}}}``.
+
+    A run with one name in DATASETS.TEST has no datasets there; its results come under the name "".
+    """
+    nested = any(isinstance(value, Mapping) for metrics in results.values() for value in metrics.values())
+    return results if nested else {"": results}
+
+
+def _finite(results: Mapping[str, Any]) -> dict[str, Any]:
     """Results for JSON, which has no NaN: COCO's AP of a box size that no truth has becomes null."""
     return {
-        task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for task, metrics in results.items()
+        name: _finite(value) if isinstance(value, Mapping) else value if math.isfinite(value) else None
+        for name, value in results.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ def plot_metrics(folders: Sequence[str | os.PathLike], output: str | os.PathLike
             written.
     """
     runs = [(Path(folder), read_metrics(folder)) for folder in folders]
-    panels = [p for p in PANELS if any(name in scalars for _, scalars in runs for name in p[3])]
+    names = sorted({name for _, scalars in runs for name in scalars})
+    panels = [(*p[:3], lines) for p in PANELS if (lines := _lines(p[3], names))]
     if not panels:
         raise InputError(f"{', '.join(map(str, folders))}: the {METRICS} have nothing that is drawn here.")
     columns = min(3, len(panels))
@@ -99,12 +100,12 @@ def plot_metrics(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False)
     for axis, (title, unit, logarithmic, lines) in zip(axes.flat, panels):
         for (folder, scalars), style in zip(runs, _styles()):
-            for number, (name, label) in enumerate(lines.items()):
+            for name, (label, colour) in lines.items():
                 if name in scalars:
                     steps, values = zip(*sorted(scalars[name].items()))
                     label = label if len(runs) == 1 else f"{label}, {folder.name}"
                     marker = "." if len(steps) < 30 else None
-                    axis.plot(steps, values, style, color=f"C{number}", marker=marker, label=label)
+                    axis.plot(steps, values, style, color=colour, marker=marker, label=label)
         axis.set(title=title, xlabel="step", ylabel=unit)
         if logarithmic:
             axis.set_yscale("log")
@@ -119,6 +120,17 @@ def plot_metrics(folders: Sequence[str | os.PathLike], output: str | os.PathLike
             figure.savefig(output, dpi=110)
     finally:
         plt.close(figure)
+
+
+def _lines(wanted: Mapping[str, str], names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Label and colour by scalar. Of several datasets in DATASETS.TEST each has its own: "city/bbox/AP"."""
+    found = {}
+    for number, (ending, label) in enumerate(wanted.items()):
+        of_sets = [name for name in names if name.endswith(f"/{ending}")]
+        for position, name in enumerate([ending] * (ending in names) + of_sets):
+            data = name[: -len(ending) - 1]
+            found[name] = (f"{label}, {data}" if data else label, f"C{number + position * len(wanted)}")
+    return found
 
 
 def read_metrics(folder: str | os.PathLike) -> dict[str, dict[int, float]]:

@@ -20,7 +20,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     selection_in_words,
 )
 from selftrain_d2.engine.tasks import TASKS, Task
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, evaluations
 from selftrain_d2.files import write_json, write_text
 from selftrain_d2.labeling.generate import generate_pseudo_labels
 
@@ -61,13 +61,11 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"| stage | {' | '.join(task.metrics)} | steps | images a step (human + pseudo) | minutes |",
         "|---" * (len(task.metrics) + 4) + "|",
     ]
-    for name, stage in stages.items():
-        if "metrics" not in stage:
-            continue
-        metrics = stage["metrics"].get(task.results, {})
+    for called, name, results in evaluations(stages):
+        stage, metrics = stages[name], results.get(task.results, {})
         values = [metrics.get(key) for key in task.metrics]
         lines.append(
-            f"| {name} | "
+            f"| {called} | "
             + " | ".join("-" if value is None else f"{value:.1f}" for value in values)
             + f" | {stage['steps']} | {stage['human_images_per_step']} + {stage['pseudo_images_per_step']}"
             + f" | {stage['seconds'] / 60:.1f} |"

@@ -94,7 +94,7 @@ class SelfTrainingTrainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
         if cfg.DATASETS.TEST:  # a mistake is told now, not after training
-            check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+            check_test_sets(cfg)
             check_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST, "evaluation")
         # The CPU's backend takes no device.
         devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
@@ -206,6 +206,8 @@ class SelfTrainingTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:  # each would overwrite the predictions of the one before
+            folder = os.path.join(folder, dataset_name)
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == "sem_seg":
             # detectron2's own function to read masks fails with numpy 2
             return SemSegEvaluator(dataset_name, output_dir=folder, sem_seg_loading_fn=read_label_map)
@@ -258,6 +260,18 @@ def check_accumulation_steps(cfg: CfgNode, processes: int | None = None) -> int:
                 f"x {processes} processes."
             )
     return steps
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Raise InputError unless DATASETS.TEST has names, registered ones, that results can be told apart by."""
+    names = cfg.DATASETS.TEST
+    check_registered("DATASETS.TEST", names)
+    if len(set(names)) < len(names):
+        raise InputError(f"DATASETS.TEST is {tuple(names)}: name each dataset once.")
+    if len(names) > 1 and cfg.TEST.EXPECTED_RESULTS:
+        raise InputError(
+            "TEST.EXPECTED_RESULTS is about one dataset: leave one in DATASETS.TEST, or no expectation."
+        )
 
 
 def check_number_of_classes(cfg: CfgNode) -> None:

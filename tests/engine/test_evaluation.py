@@ -7,15 +7,19 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from conftest import SMALL_MODEL, make_coco_set
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from selftrain_d2 import add_selftrain_config
 from selftrain_d2.cli import main
 from selftrain_d2.cli.common import find_config
+from selftrain_d2.engine.summary import to_markdown
+from selftrain_d2.experiments.grid.cell_record import collect_results
 
 #: (height, width): square, wide, tall, small, a side that is rounded, a strip.
 SIZES = ((96, 96), (90, 200), (180, 70), (30, 41), (61, 97), (3, 120))
@@ -106,3 +110,92 @@ def test_and_the_classes_of_pixels(photos, tmp_path):
             np.testing.assert_array_equal(
                 mask_util.decode(row["segmentation"]) == 1, found == row["category_id"]
             )
+
+
+# ---- several names in DATASETS.TEST ----
+@pytest.fixture
+def cities(tmp_path):
+    """Arguments of `train`: two sets of images, whose ids are 1 to 3 and 101 to 103."""
+    words = []
+    for number, name in enumerate(("bonn", "oslo")):
+        coco = make_coco_set(tmp_path / name, 3, seed=number)
+        for key, entries in (("id", coco.content["images"]), ("image_id", coco.content["annotations"])):
+            for entry in entries:
+                entry[key] += 100 * number
+        with open(coco.json_file, "w") as file:
+            json.dump(coco.content, file)
+        words += ["--human-labels", name, coco.json_file, coco.images]
+    keys = ["DATASETS.TRAIN", "('bonn',)", "DATASETS.TEST", "('bonn','oslo')", "SOLVER.MAX_ITER", "2"]
+    keys += [
+        "MODEL.RETINANET.SCORE_THRESH_TEST",
+        "0.0",
+        "TEST.EVAL_PERIOD",
+        "1",
+        "OUTPUT_DIR",
+        str(tmp_path / "output"),
+    ]
+    return ["train", "--config-file", DETECTOR, *words, *SMALL_MODEL, *keys]
+
+
+def test_every_test_set_is_evaluated_in_a_folder_of_its_own(cities, tmp_path, capsys):
+    output = tmp_path / "output"
+    assert main(cities) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert list(results) == ["bonn", "oslo"]
+    logged = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()][-1]
+    for number, (name, tasks) in enumerate(results.items()):
+        found = output / "inference" / name / "coco_instances_results.json"
+        assert {r["image_id"] // 100 for r in json.loads(found.read_text())} == {number}
+        truth = COCO(str(tmp_path / name / "labels.json"))
+        judge = COCOeval(truth, truth.loadRes(str(found)), "bbox")
+        judge.evaluate(), judge.accumulate(), judge.summarize()
+        assert tasks["bbox"]["AP"] == pytest.approx(100 * judge.stats[0], abs=1e-6)
+        assert logged[f"{name}/bbox/AP"] == tasks["bbox"]["AP"]
+    # What reads results.json: a grid's cell, by the names that the curves have.
+    metrics, curve = collect_results(output)
+    assert (
+        metrics["oslo/bbox/AP"] == results["oslo"]["bbox"]["AP"] and None in metrics.values()
+    )  # no large boxes
+    assert len(curve) == 2 and curve[-1]["oslo/bbox/AP"] == results["oslo"]["bbox"]["AP"]
+    assert main(["plot-metrics", str(output)]) == 0
+
+    capsys.readouterr()
+    last = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "again")]
+    assert main([*cities[:3], "--eval-only", *cities[3:], *last]) == 0
+    printed = capsys.readouterr()
+    assert f"oslo, bbox: AP {results['oslo']['bbox']['AP']:.2f}" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("keys", "fragments"),
+    [
+        (["DATASETS.TEST", "('oslo','bonn','oslo')"], ["'oslo', 'bonn', 'oslo'", "name each dataset once"]),
+        (["TEST.EXPECTED_RESULTS", "[['bbox','AP',38.5,0.2]]"], ["TEST.EXPECTED_RESULTS", "one dataset"]),
+    ],
+)
+@pytest.mark.parametrize("way", [[], ["--dry-run"], ["--eval-only"]])
+def test_test_sets_that_cannot_be_told_apart(cities, tmp_path, capsys, keys, fragments, way):
+    keys = [*keys, "MODEL.WEIGHTS", "w.pth"] if way == ["--eval-only"] else keys
+    assert_refused([*cities[:3], *way, *cities[3:], *keys], capsys, *fragments)
+    assert not (tmp_path / "output" / "inference").exists()
+
+
+def test_a_summary_has_a_row_for_each_test_set():
+    one, two = {"mIoU": 10.0, "IoU-road": 10.0}, {"mIoU": 20.0, "IoU-road": None}
+    trained = {"steps": 3, "human_images_per_step": 2, "pseudo_images_per_step": 0, "seconds": 60.0}
+    stages = {
+        "teacher": {**trained, "metrics": {"sem_seg": one}},
+        "student": {**trained, "metrics": {"bonn": {"sem_seg": one}, "oslo": {"sem_seg": two}}},
+        "control": {**trained, "metrics": {}},
+    }
+    versions = {"torch": "2", "detectron2": "0.6"}
+    page = to_markdown({"stages": stages, "task": "segmentation", "seed": 0, "versions": versions})
+    for row in (
+        "| teacher | 10.0 | - | - | 3 | 2 + 0 | 1.0 |",
+        "| student on bonn | 10.0 | - | - | 3 | 2 + 0 | 1.0 |",
+        "| student on oslo | 20.0 | - | - | 3 | 2 + 0 | 1.0 |",
+        "| control | - | - | - | 3 | 2 + 0 | 1.0 |",
+        "| class | teacher | student on bonn | student on oslo |",
+        "| road | 10.0 | 10.0 | - |",
+    ):
+        assert row in page.splitlines()

@@ -3,6 +3,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from selftrain_d2.cli import main
 from selftrain_d2.engine.metrics_plot import PANELS, read_metrics
@@ -35,6 +36,20 @@ def test_the_picture_has_a_panel_for_what_was_logged(tmp_path):
     small = cv2.imread(output)
     assert full.shape[0] > 2 * small.shape[0] and full.shape[1] > small.shape[1]  # 3 x 3 panels against 2
     assert np.ptp(small) > 200  # lines, not a blank page
+
+
+def test_each_test_set_has_a_line_of_its_own(tmp_path, monkeypatch):
+    """Several names in DATASETS.TEST: the scalars begin with the names."""
+    run = tmp_path / "run"
+    names = ("bbox/AP", "oslo/bbox/AP", "bonn/bbox/AP", "bonn/segm/AP")
+    _write(run, range(9, 39, 10), **{name: (lambda s: s) for name in names})
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert main(["plot-metrics", str(run)]) == 0
+    (axis,) = figures[0].axes
+    drawn = [line.get_label() for line in axis.lines]
+    assert drawn == ["box AP", "box AP, bonn", "box AP, oslo", "mask AP, bonn"]
+    assert len({line.get_color() for line in axis.lines}) == 4
 
 
 def test_bad_input(tmp_path, capsys):

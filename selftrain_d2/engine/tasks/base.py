@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 
-from selftrain_d2.engine.launch import DatasetSpec
+from selftrain_d2.engine.launch import DatasetSpec, results_by_set
 
 #: Names of the registered datasets.
 LABELED, VALIDATION = "selftrain_labeled", "selftrain_validation"
@@ -100,3 +100,16 @@ class Task(ABC):
     @abstractmethod
     def further_lines(summary: dict[str, Any]) -> list[str]:
         """What the summary's page has besides, in Markdown."""
+
+
+def evaluations(stages: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The evaluations of the trained models of ``summary.json``.
+
+    Yields:
+        What to call it ("student", or "student on NAME" where there are several datasets), the stage, and its results
+        ``{task: {metric: value}}``.
+    """
+    for stage, content in stages.items():
+        if "metrics" in content:
+            for name, tasks in results_by_set(content["metrics"]).items():
+                yield f"{stage} on {name}" if name else stage, stage, tasks

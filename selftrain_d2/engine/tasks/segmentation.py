@@ -20,7 +20,7 @@ from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task
+from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task, evaluations
 from selftrain_d2.errors import InputError
 from selftrain_d2.inspection.mask_quality import (
     DEFAULT_THRESHOLDS,
@@ -145,9 +145,9 @@ class Segmentation(Task):
     @staticmethod
     def further_lines(summary: dict[str, Any]) -> list[str]:
         trained = {
-            name: stage["metrics"]["sem_seg"]
-            for name, stage in summary["stages"].items()
-            if stage.get("metrics")
+            called: results["sem_seg"]
+            for called, _, results in evaluations(summary["stages"])
+            if "sem_seg" in results
         }
         lines = []
         if trained:

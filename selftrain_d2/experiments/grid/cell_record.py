@@ -19,6 +19,7 @@ from typing import Any
 
 import detectron2
 import torch
+from detectron2.evaluation.testing import flatten_results_dict
 
 import selftrain_d2
 from selftrain_d2.errors import InputError
@@ -121,8 +122,9 @@ def collect_results(output: Path) -> tuple[dict[str, float | None], list[dict[st
     """The results that commands wrote below a folder.
 
     Returns:
-        Metrics by name, from every ``results.json``: ``task/metric`` ("bbox/AP"), behind the name of the folder
-        it lies in if that is not ``output`` itself ("student/bbox/AP"). And the curve: the metrics of each
+        Metrics by name, from every ``results.json``: ``task/metric`` ("bbox/AP"), behind the name of the dataset if
+        DATASETS.TEST had several ("city/bbox/AP"), behind the name of the folder it lies in if that is not ``output``
+        itself ("student/bbox/AP"). And the curve: the metrics of each
         evaluation during training, with its ``iteration``. None stands for what is not finite.
 
     Raises:
@@ -136,9 +138,7 @@ def collect_results(output: Path) -> tuple[dict[str, float | None], list[dict[st
         results = read_json(file)
         if not isinstance(results, dict) or not all(isinstance(task, dict) for task in results.values()):
             raise InputError(f"{file} must hold a mapping of tasks to metrics.")
-        found = {
-            f"{task}/{name}": _finite(v) for task, values in results.items() for name, v in values.items()
-        }
+        found = {name: _finite(value) for name, value in flatten_results_dict(results).items()}
         metrics.update({f"{prefix}{name}": value for name, value in found.items()})
         for iteration, row in sorted(_rows(file.with_name(CURVES)).items()):
             values = {f"{prefix}{name}": _finite(row[name]) for name in found if name in row}
