@@ -6,17 +6,18 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from selftrain_d2.errors import InputError
 
+#: What a system says when there is no room left for a file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 _ROOM, _RIGHTS, _PATH = "make room on that disk", "check its permissions", "correct the path"
 _ADVICE = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EFBIG: _ROOM,
+    **dict.fromkeys(NO_ROOM, _ROOM),
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
@@ -70,9 +71,34 @@ def whole_file(file: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_empty(folder: str | os.PathLike, record: str) -> bool:
+    """Whether a folder has nothing but what work leaves there that is killed before its record is written.
+
+    Args:
+        record: name of the file that work begins with.
+    """
+    ours = (".lock", f".{record}.")
+    return not os.path.isdir(folder) or all(name.startswith(ours) for name in os.listdir(folder))
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove checkpoints that a process killed in :func:`whole_file` left half-written in a folder.
+
+    Nobody else may be writing to the folder.
+    """
+    for file in (
+        *Path(folder).glob(".*.pth.[0-9]*"),
+        *Path(folder).glob("*.pth.part"),
+    ):  # .part: of older versions
+        file.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike, errors: Collection[int] = tuple(_ADVICE)) -> Iterator[None]:
     """Tell the user of a full disk, of one that may not be written to, or of a path that cannot be.
+
+    Args:
+        errors: numbers of the errors to tell of; NO_ROOM around work that also reads.
 
     Raises:
         InputError: with the path, in place of such an OSError.
@@ -80,7 +106,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _ADVICE:
+        if error.errno not in errors:
             raise
         raise InputError(
             f"{path} cannot be written ({error.strerror}): {_ADVICE[error.errno]} and run the same command again."

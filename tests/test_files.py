@@ -4,7 +4,7 @@ import os
 import pytest
 
 from selftrain_d2 import InputError
-from selftrain_d2.files import read_json, whole_file, write_json, writing
+from selftrain_d2.files import is_empty, read_json, whole_file, write_json, writing
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -43,3 +43,12 @@ def test_a_path_that_cannot_be_written_is_told(tmp_path, path):
     with pytest.raises(InputError, match=f"{path} cannot be written .*correct the path"):
         write_json(tmp_path / path, {})
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_what_a_killed_process_leaves_is_nothing(tmp_path):
+    assert is_empty(tmp_path / "nowhere", "a.json") and is_empty(tmp_path, "a.json")
+    for name in (".lock", ".a.json.4711"):
+        (tmp_path / name).write_text("")
+    assert is_empty(tmp_path, "a.json") and not is_empty(tmp_path, "b.json")
+    (tmp_path / "thesis.tex").write_text("")
+    assert not is_empty(tmp_path, "a.json")

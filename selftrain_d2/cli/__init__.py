@@ -2,7 +2,7 @@
 
 A command is one module of this package with ``add_arguments(parser)``, ``run(args)`` and a docstring
 whose first line is its help text. ``COMMANDS`` names them all. One that also has ``plan(args)`` takes ``--dry-run``,
-which prints that plan and does nothing.
+which prints that plan and does nothing. One whose work goes on after it was stopped says how in ``when_stopped(args)``.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selftrain-d2 {name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"selftrain-d2 {name}: stopped; the same command goes on from here", file=sys.stderr)
+        how = f"; {module.when_stopped(args)}" if hasattr(module, "when_stopped") else ""
+        print(f"selftrain-d2 {name}: stopped{how}", file=sys.stderr)
         return 130
     return 0
 

@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
+def when_stopped(args: argparse.Namespace) -> str:
+    """How to go on."""
+    return "the same command goes on from its last checkpoint"
+
+
 def run(args: argparse.Namespace) -> None:
     """Pre-train."""
     log_to_console()

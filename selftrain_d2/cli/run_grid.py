@@ -74,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def when_stopped(args: argparse.Namespace) -> str:
+    """How to go on."""
+    return "the same command goes on from here"
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the grid, or say what would be run."""
     log_to_console()

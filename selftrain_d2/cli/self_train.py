@@ -96,6 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
+def when_stopped(args: argparse.Namespace) -> str:
+    """How to go on."""
+    return "the same command goes on from here"
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the loop and print its summary."""
     log_to_console()

@@ -32,6 +32,7 @@ from selftrain_d2.engine.launch import (
     train,
 )
 from selftrain_d2.engine.logs import log_to_console
+from selftrain_d2.engine.run_folder import check_run_folder
 from selftrain_d2.engine.trainer import check_test_sets
 from selftrain_d2.errors import InputError
 
@@ -79,7 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="register a folder of images, one sub-folder a class, under a name, for DATASETS.CLASSIFICATION_TRAIN "
         "(joint training); may be repeated",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUTPUT_DIR, if there is one; without, the folder of a run is refused",
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     add_launch_arguments(parser)
     add_config_arguments(parser)
@@ -94,6 +99,14 @@ def run(args: argparse.Namespace) -> None:
         evaluate(cfg, datasets, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
     else:
         train(cfg, datasets, resume=args.resume, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
+
+
+def when_stopped(args: argparse.Namespace) -> str:
+    """How to go on."""
+    if args.eval_only:
+        return "the same command starts the evaluation again"
+    command = "the same command" if args.resume else "the same command with --resume"
+    return f"{command} goes on from the last checkpoint, if there is one"
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -111,6 +124,8 @@ def plan(args: argparse.Namespace) -> Plan:
                 "augmentation", f"{cfg.INPUT.AUGMENTATION.POLICY}, {cfg.INPUT.AUGMENTATION.IMAGE_SIZE} pixels"
             )
             plan.say("schedule", f"{cfg.SOLVER.MAX_ITER:,} steps, learning rate {cfg.SOLVER.BASE_LR:g}")
+        if not args.eval_only:
+            check_run_folder(cfg.OUTPUT_DIR, args.resume)
         plan.weights(cfg, resumed=args.resume)
         plan.catalog("evaluate on", cfg.DATASETS.TEST)
         plan.processes(processes_of(args))

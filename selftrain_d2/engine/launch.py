@@ -23,24 +23,22 @@ from torch.multiprocessing import ProcessRaisedException
 from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
+from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import absolute_root
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine.logs import log_to_console, log_to_file
+from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held, on_main_process
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer, check_test_sets
 from selftrain_d2.errors import InputError, message_in
-from selftrain_d2.files import write_json
-from selftrain_d2.modeling.checkpoint import load_weights, require_complete
+from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
+from selftrain_d2.modeling.checkpoint import checkpoints_in, load_weights, require_complete
 
 logger = logging.getLogger(__name__)
-
-#: File in OUTPUT_DIR with the evaluation at the end of training; written last. ``{task: {metric: value}}``, and with
-#: several names in DATASETS.TEST ``{dataset: {task: {metric: value}}}``: see :func:`results_by_set`.
-RESULTS = "results.json"
 
 #: (name, register function, its other arguments). Every process registers the datasets for itself.
 DatasetSpec = tuple
@@ -110,7 +108,8 @@ def train(
     Args:
         cfg: a teacher's or a student's config.
         datasets: registered for the time of the run, in every process.
-        resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
+        resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. Without, a folder that holds a run is
+            refused.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: one by default.
     """
@@ -190,8 +189,6 @@ def _run(cfg: CfgNode, datasets: Sequence[DatasetSpec]) -> Iterator[None]:
             if comm.get_world_size() > 1:  # a new process
                 log_to_console()
             logging.getLogger("detectron2").info("Environment:\n" + collect_env_info())
-            with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w", encoding="utf-8") as file:
-                file.write(_written(cfg).dump())
         seed = stage_seed(cfg)
         # Lower 31 bits: NumPy takes no more than 32.
         seed_all_rng(None if seed is None else (seed + rank) % 2**31)
@@ -219,17 +216,28 @@ def _written(cfg: CfgNode) -> CfgNode:
 
 def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_unsafe: bool) -> None:
     cfg = with_stage(cfg, resume)
-    with _run(cfg, datasets):
+    folder = cfg.OUTPUT_DIR
+    with (
+        held(folder, lambda: check_run_folder(folder, resume)),
+        writing(folder, NO_ROOM),
+        _run(cfg, datasets),
+    ):
         trainer = SelfTrainingTrainer(cfg, allow_unsafe=allow_unsafe)
+        on_main_process(lambda: check_images((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
         trainer.resume_or_load(resume)
+        if comm.is_main_process():
+            _write_config(cfg)  # not before: a run that is refused leaves that of the run before
+            drop_rows(os.path.join(folder, "metrics.json"), trainer.start_iter)
         trainer.train()
         if comm.is_main_process():
             results = getattr(trainer, "_last_eval_results", None) or {}
-            write_json(os.path.join(cfg.OUTPUT_DIR, RESULTS), _finite(results))
+            write_json(os.path.join(folder, RESULTS), _finite(results))
 
 
 def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool) -> dict[str, Any]:
-    with _run(cfg, datasets):
+    with writing(cfg.OUTPUT_DIR, NO_ROOM), _run(cfg, datasets):
+        if comm.is_main_process() and not checkpoints_in(cfg.OUTPUT_DIR):  # that of a training run stays
+            _write_config(cfg)
         check_test_sets(cfg)
         model = SelfTrainingTrainer.build_model(cfg)
         require_complete(load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe), cfg.MODEL.WEIGHTS)
@@ -248,6 +256,10 @@ def results_by_set(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Mapp
     """
     nested = any(isinstance(value, Mapping) for metrics in results.values() for value in metrics.values())
     return results if nested else {"": results}
+
+
+def _write_config(cfg: CfgNode) -> None:
+    write_text(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), _written(cfg).dump())
 
 
 def _finite(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,19 @@ from collections.abc import Iterator
 
 from selftrain_d2.files import writing
 
+
+class _LogFile(logging.FileHandler):
+    """Lines that a full disk does not take are left out, without a traceback for each; the console shows them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is left in its buffer
+            super().close()
+
+
 _LOGGERS = ("selftrain_d2", "detectron2", "fvcore")
 
 
@@ -40,7 +53,7 @@ def log_to_file(path: str | os.PathLike) -> Iterator[None]:
     """
     with writing(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
     for logger in _configured():
         logger.addHandler(handler)

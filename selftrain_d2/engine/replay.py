@@ -19,6 +19,7 @@ from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.engine.resume import step_seed
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.checkpoint_file import save_weights
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_WEIGHT, add_classification_head
 
 # What an image of a batch is saved with, besides its instances.
@@ -43,6 +44,9 @@ def save_batch(
 
     Returns:
         The file's path. It holds tensors, numbers and text: loading it runs no code.
+
+    Raises:
+        InputError: the disk is full, or the file cannot be written.
     """
     rank, seed = comm.get_rank(), stage_seed(cfg)
     file = Path(cfg.OUTPUT_DIR) / f"not_finite_step_{step:07d}_rank_{rank}.pth"
@@ -56,9 +60,7 @@ def save_batch(
         "model": model.state_dict(),
         "batch": [_to_plain(sample) for sample in batch],
     }
-    temporary = f"{file}.{os.getpid()}"
-    torch.save(content, temporary)
-    os.replace(temporary, file)
+    save_weights(content, file)
     return str(file)
 
 

@@ -26,11 +26,13 @@ from selftrain_d2.data.image_sources import check_distinct
 from selftrain_d2.data.loader import MixedDataset, use_one_thread
 from selftrain_d2.data.pseudo_labels.manifest import NameHash
 from selftrain_d2.engine.logs import log_to_console, log_to_file
+from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.resume import RunState
+from selftrain_d2.engine.run_folder import drop_rows, held
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
 from selftrain_d2.engine.trainer import amp_precision
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import check_unchanged, read_json, write_json
+from selftrain_d2.files import NO_ROOM, check_unchanged, is_empty, read_json, write_json, writing
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
     check_input_statistics,
@@ -147,13 +149,12 @@ def pretrain_simclr(
     if record["skipped"] is None:
         record["skipped"] = _unreadable(cfg, image_root, file_names)
         _check_batch(settings.batch_size, len(file_names), len(record["skipped"]))
-        if comm.is_main_process():  # all mistakes have been found: the work begins
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(output / RECORD, record)
-        comm.synchronize()
     skipped = record["skipped"]
     suffix = f".rank{comm.get_rank()}" if comm.get_rank() else ""
-    with log_to_file(output / f"log.txt{suffix}"):
+    # All mistakes have been found: the work begins.
+    with held(output), writing(output, NO_ROOM), log_to_file(output / f"log.txt{suffix}"):
+        if comm.is_main_process() and not (output / RECORD).exists():
+            write_json(output / RECORD, record)
         if comm.get_world_size() > 1 and comm.is_main_process():  # a new process
             log_to_console()
         if skipped:
@@ -171,7 +172,7 @@ def pretrain_simclr(
     return output / BACKBONE
 
 
-class SimCLRTrainer(StepTrainer):
+class SimCLRTrainer(OrderlyEnd, StepTrainer):
     """The project's step (mixed precision, check of the loss in all processes) for the contrastive loss."""
 
     def _leave_out(self, batch, losses, buffers) -> None:
@@ -269,6 +270,8 @@ def _train(
         f"SimCLR on {len(paths)} images: {settings.epochs} epochs of {steps} steps"
         + (f", of which {start} steps are done." if start else ".")
     )
+    if main:
+        drop_rows(output / "metrics.json", start)
     if start < max_iter:
         sampler.first_batch = start
         trainer.train(start, max_iter)
@@ -368,7 +371,7 @@ def _read_record(output: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
     record = comm.all_gather(read_json(file) if file.exists() else None)[0]
     if record is not None:
         check_unchanged(output, record["settings"], identity)
-    elif output.is_dir() and any(output.iterdir()):
+    elif not is_empty(output, RECORD):
         raise InputError(f"{output} is not empty and has no {RECORD}: choose another output folder.")
     return record
 

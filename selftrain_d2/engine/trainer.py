@@ -22,21 +22,27 @@ from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.random_state import stage_seed
-from selftrain_d2.engine.config_values import is_segmentor
+from selftrain_d2.engine.config_values import is_segmentor, one_line
 from selftrain_d2.engine.gradient_check import GradientCheck
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
+from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.replay import save_batch
-from selftrain_d2.engine.resume import RunState
+from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimizer_options
+from selftrain_d2.engine.run_folder import WEIGHT_AVERAGE_FOLDER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, check_input_statistics
+from selftrain_d2.modeling.checkpoint import (
+    SafeDetectionCheckpointer,
+    check_input_statistics,
+    require_same_model,
+)
 from selftrain_d2.modeling.meta_arch import add_classification_head
 
 #: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
-WEIGHT_AVERAGE = os.path.join("weight_average", "model_final.pth")
+WEIGHT_AVERAGE = os.path.join(WEIGHT_AVERAGE_FOLDER, "model_final.pth")
 
 
 class CheckpointFacts:
@@ -67,7 +73,7 @@ class Stage(CheckpointFacts):
         pass
 
 
-class SelfTrainingTrainer(DefaultTrainer):
+class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
     """detectron2's DefaultTrainer for a teacher (no DATASETS.PSEUDO_TRAIN) or a student.
 
     It differs in its loader (human and pseudo images), its :class:`LossNormalizer`, its step
@@ -135,11 +141,36 @@ class SelfTrainingTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As in DefaultTrainer; a resumed run also skips the images already seen."""
+        """As in DefaultTrainer; a resumed run also skips the images already seen.
+
+        The optimizer goes on with the config's SOLVER.BASE_LR, WEIGHT_DECAY and MOMENTUM, not with the checkpoint's.
+
+        Raises:
+            InputError: the checkpoint to resume from is of another model, or of a step after SOLVER.MAX_ITER.
+        """
+        options = optimizer_options(self.optimizer)
         super().resume_or_load(resume)
+        if self.start_iter > self.max_iter:
+            raise InputError(
+                f"The last checkpoint in {self.cfg.OUTPUT_DIR} has {self.start_iter} steps, more than SOLVER.MAX_ITER "
+                f"{self.max_iter}: raise it, or choose another OUTPUT_DIR."
+            )
+        if self.start_iter:
+            set_optimizer_options(self.optimizer, self.scheduler, options)
         if self.checkpointer.report is not None and not self.start_iter:
             check_input_statistics(self.checkpointer.report.input, self.cfg)
         self.data_loader.batch_sampler.first_batch = self.start_iter
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of a checkpoint to resume from, whose model was loaded just before."""
+        require_same_model(self.checkpointer.report, self.cfg.OUTPUT_DIR)
+        try:
+            super().load_state_dict(state)
+        except ValueError as error:  # torch: other groups of parameters
+            raise InputError(
+                f"The optimizer of the checkpoint in {self.cfg.OUTPUT_DIR} does not fit this config's "
+                f"({one_line(error)}): give the SOLVER keys that the run was begun with, or another OUTPUT_DIR."
+            ) from error
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks between ours: each checkpoint must hold this step's averages.
@@ -167,7 +198,7 @@ class SelfTrainingTrainer(DefaultTrainer):
 
     def after_train(self) -> None:
         super().after_train()
-        if self.weight_average is not None and comm.is_main_process():
+        if self.finished and self.weight_average is not None and comm.is_main_process():
             folder, name = os.path.split(os.path.join(self.cfg.OUTPUT_DIR, WEIGHT_AVERAGE))
             os.makedirs(folder, exist_ok=True)
             # A checkpointer of its own: this file is not one to resume from.
@@ -181,7 +212,10 @@ class SelfTrainingTrainer(DefaultTrainer):
         return self._last_eval_results
 
     def _save_batch(self, batch: list[dict], losses: dict[str, float]) -> str:
-        return save_batch(self.cfg, model_of(self), self.iter, batch, losses)
+        try:
+            return save_batch(self.cfg, model_of(self), self.iter, batch, losses)
+        except InputError as error:  # a full disk must not hide that a loss is not finite
+            return f"no file ({one_line(error)})"
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:

@@ -11,25 +11,28 @@ from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
 from torch import nn
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.files import write_text
 from selftrain_d2.modeling.backbone.bottom_up import bottom_up_name
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
-from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, state_dict_of
+from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
 
 __all__ = [
     "LoadReport",
     "SafeDetectionCheckpointer",
     "check_input_statistics",
+    "checkpoints_in",
     "file_sha256",
     "load_weights",
     "require_complete",
+    "require_same_backbone",
+    "require_same_model",
 ]
 
 logger = logging.getLogger(__name__)
@@ -104,16 +107,21 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # the base forgets this after an exception
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save as the base does, but a process that is killed meanwhile leaves no truncated file behind."""
+        """Save as the base does, but the file is there whole or not at all.
+
+        Raises:
+            InputError: the disk is full, or the file cannot be written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         state = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         file = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {file}")
-        with self.path_manager.open(f"{file}.part", "wb") as part:
-            torch.save({"model": self.model.state_dict(), **state, **kwargs}, part)
-        os.replace(f"{file}.part", file)
+        save_weights({"model": self.model.state_dict(), **state, **kwargs}, file)
         self.tag_last_checkpoint(os.path.basename(file))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As the base does; where the last checkpoint is damaged, resume from the one before, with a warning.
@@ -124,9 +132,7 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         last = self.get_checkpoint_file()
-        # Batches saved for `replay` lie beside them.
-        checkpoints = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
-        files = sorted(checkpoints, key=os.path.getmtime, reverse=True)
+        files = sorted(checkpoints_in(self.save_dir), key=os.path.getmtime, reverse=True)
         for file in sorted(files, key=lambda file: file != last):
             try:
                 read_checkpoint(file, self.allow_unsafe)
@@ -137,6 +143,10 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
         raise InputError(
             f"No checkpoint in {self.save_dir} can be read (the last was {last}): delete that folder to start anew."
         )
+
+    def has_checkpoint(self) -> bool:
+        """Also where a process was killed between its first checkpoint and the file that names the last."""
+        return super().has_checkpoint() or bool(self.save_dir and checkpoints_in(self.save_dir))
 
     def _require_file(self, path: str) -> None:
         name = urlparse(path)._replace(query="").geturl()
@@ -183,6 +193,11 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
         )
         _require_fit(self.model, self.report, self._path)
         return incompatible
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[str]:
+    """Checkpoints that training wrote into a folder. Batches saved for `replay` lie beside them."""
+    return sorted(glob.glob(os.path.join(glob.escape(os.fspath(folder)), "model_*.pth")))
 
 
 def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> LoadReport:
@@ -269,6 +284,23 @@ def _require_fit(model: nn.Module, report: LoadReport, path: str) -> None:
         )
 
 
+def require_same_backbone(source: nn.Module, target: nn.Module, path: str) -> None:
+    """Raise InputError if a model cannot start from the weights that another will have. Only shapes are looked at.
+
+    Args:
+        path: where the weights will be, for the message.
+    """
+    shapes = {name: value.shape for name, value in source.state_dict().items()}
+    fits = {name: shapes.get(name) == value.shape for name, value in target.state_dict().items()}
+    report = LoadReport(
+        matched=[name for name, fit in fits.items() if fit],
+        missing=[name for name, fit in fits.items() if not fit],
+        unexpected=[name for name in shapes if name not in fits],
+        incorrect_shapes=[],
+    )
+    _require_fit(target, report, path)
+
+
 def require_complete(report: LoadReport, path: str) -> None:
     """Raise InputError if weights left a part of a model as it was, which those of a trained model do not."""
     missing = [name for name in report.missing if not name.endswith("num_batches_tracked")]
@@ -277,6 +309,19 @@ def require_complete(report: LoadReport, path: str) -> None:
         raise InputError(
             f"Weights {path} are not those of a trained model of this config: {len(missing)} tensors are absent or of "
             f"another shape ({examples}): give the config that they were trained with, its NUM_CLASSES included."
+        )
+
+
+def require_same_model(report: LoadReport, folder: str) -> None:
+    """Raise InputError if the checkpoint that a run in ``folder`` is to go on from was of another model."""
+    other = [
+        name for name in (*report.missing, *report.unexpected) if not name.endswith("num_batches_tracked")
+    ]
+    if other:
+        raise InputError(
+            f"The checkpoint in {folder} is of another model than this config's ({len(other)} tensors are absent, left "
+            f"over, or of another shape, e.g. {other[0]}): give the config that the run was begun with, or another "
+            "OUTPUT_DIR."
         )
 
 

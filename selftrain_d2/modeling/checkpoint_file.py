@@ -129,5 +129,13 @@ def save_weights(content: dict[str, Any], file: str | os.PathLike) -> None:
     Raises:
         InputError: the disk is full, or ``file`` cannot be written.
     """
-    with whole_file(file) as temporary, open(temporary, "wb") as stream:
-        torch.save(content, stream)
+    with whole_file(file) as temporary:
+        try:
+            with open(temporary, "wb") as stream:
+                torch.save(content, stream)
+        except (
+            RuntimeError
+        ) as error:  # torch cannot close a file that could not be written, and says only that
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -23,7 +23,7 @@ from selftrain_d2.data.augmentation.policies import AUTOAUGMENT_POLICIES, AutoAu
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.generate import teacher_config_sha256
-from selftrain_d2.labeling.test_time_augmentation import view_augmentations
+from selftrain_d2.labeling.views import view_augmentations
 
 
 def make_config(**augmentation):
