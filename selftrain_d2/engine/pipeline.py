@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from torch import nn
 
 from selftrain_d2.config import add_selftrain_config
-from selftrain_d2.data.datasets import list_images
+from selftrain_d2.data.datasets import list_images, register_dataset
+from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
+from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
-from selftrain_d2.engine.config_values import check_values, merge_options
+from selftrain_d2.data.pseudo_labels.selection import resolve_thresholds, selection_from_config
+from selftrain_d2.engine.checks import check_training
+from selftrain_d2.engine.config_values import check_values, is_segmentor, merge_options, value_of
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,
     Processes,
     in_torchrun,
     pseudo_labels,
+    registered,
     run_in_processes,
     train,
 )
@@ -33,20 +40,23 @@ from selftrain_d2.engine.tasks import Task
 from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
 from selftrain_d2.engine.trainer import WEIGHT_AVERAGE
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import check_unchanged, read_json, write_json
-from selftrain_d2.labeling.generate import generate_pseudo_labels
-from selftrain_d2.modeling.checkpoint import file_sha256
+from selftrain_d2.files import check_unchanged, is_empty, read_json, write_json, writing
+from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
+from selftrain_d2.modeling.checkpoint import checkpoints_in, file_sha256, require_same_backbone
 
 logger = logging.getLogger(__name__)
 
 PSEUDO = "selftrain_pseudo"
 STAGE = "stage.json"
+#: In a stage's settings: hash of the weights that it starts from.
+_START = "weights_sha256"
 
-# Where and how fast a stage runs, and how often it saves, does not change what it makes.
+# Where and how fast a stage runs: as this call says, whatever a stage before ran on.
+_PLACE = ("DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "CUDNN_BENCHMARK")
+# That, and how often it saves, does not change what a stage makes.
 _KEYS_WITHOUT_EFFECT = (
+    *_PLACE,
     "OUTPUT_DIR",
-    "DATALOADER.NUM_WORKERS",
-    "MODEL.DEVICE",
     "MODEL.WEIGHTS",  # by its hash instead
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
@@ -73,7 +83,8 @@ def self_train(
 
     The stages are folders under ``output``: ``teacher/``, ``pseudo_labels/``, ``student/``, and
     ``control/`` if asked for. Called again, finished stages are not redone and the one that was stopped
-    goes on. ``summary.json`` and ``summary.md`` come last.
+    goes on: with the settings it was begun with, or corrected ones if it had no checkpoint yet or a mistake had stopped
+    it. ``summary.json`` and ``summary.md`` come last; paths in them are relative to ``output``.
 
     Args:
         cfg: config of the teacher. The student has the same but for SELFTRAIN.STUDENT, starts from
@@ -93,8 +104,8 @@ def self_train(
         The summary.
 
     Raises:
-        InputError: the data has a fault, ``output`` lies in a folder of images, a stage under ``output`` was made
-            with other settings, or several machines were asked for.
+        InputError: the data has a fault, a config is refused, ``output`` lies in a folder of images, a stage under
+            ``output`` was made with other settings, another loop is writing to it, or several machines were asked for.
     """
     if in_torchrun() or (processes is not None and processes.num_machines > 1):
         raise InputError(
@@ -107,29 +118,12 @@ def self_train(
     if rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {rounds}.")
     loop = _Loop(cfg, task, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
-    loop.control_config({"weights": ""})  # a mistake in SELFTRAIN.STUDENT is told now, not after the teacher
-    start = time.perf_counter()
-    teacher = loop.train("teacher", loop.teacher_config())
-    stages = {"teacher": teacher}
-    for number in range(1, rounds + 1):
-        prefix = "" if number == 1 else f"round_{number}/"
-        stages[f"{prefix}pseudo_labels"] = labels = loop.label(f"{prefix}pseudo_labels", teacher)
-        student = loop.train(
-            f"{prefix}student",
-            loop.student_config(teacher, number),
-            pseudo_labels(PSEUDO, labels["folder"], cfg),
-        )
-        stages[f"{prefix}student"] = teacher = student
-    if control:
-        stages["control"] = loop.train("control", loop.control_config(stages["teacher"]))
-    summary = {
-        "task": task.name,
-        "seed": cfg.SEED,
-        "score_thresh": cfg.SELFTRAIN.SCORE_THRESH,
-        "seconds_of_last_run": round(time.perf_counter() - start, 1),
-        "stages": stages,
-    }
-    return write_summary(Path(output), summary, loop.config_of("student"), task)
+    loop.check()
+    with writing(output):
+        loop.output.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(output)
+    with contextlib.closing(lock):
+        return loop.run(rounds, control)
 
 
 class _Loop:
@@ -152,6 +146,65 @@ class _Loop:
         self.score_floor = score_floor
         self.allow_unsafe = allow_unsafe
         self.processes = processes
+
+    def check(self) -> None:
+        """Tell before any work what can be known of all stages: at the cost of the images' headers, and of no weights.
+
+        Raises:
+            InputError: see :func:`self_train`.
+        """
+        teacher = self.teacher_config()
+        weights = _final_weights(teacher)
+        student = self.student_config({"weights": os.path.join("teacher", weights)}, 1)
+        start = self.cfg.SELFTRAIN.STUDENT_WEIGHTS
+        given = {"MODEL.WEIGHTS": teacher.MODEL.WEIGHTS}
+        if start not in ("teacher", "random"):
+            given["SELFTRAIN.STUDENT_WEIGHTS"] = start
+        for key, file in given.items():
+            if file and not os.path.isfile(file):
+                raise InputError(f"{key}: {file} does not exist; give the path of a file.")
+        labeling = teacher.clone()
+        labeling.MODEL.WEIGHTS = weights
+        check_labeling(labeling, self.score_floor, batch_size=1)
+        kind = "stuff_classes" if is_segmentor(teacher) else "thing_classes"
+        resolve_thresholds(
+            {kind: self.classes, "score_floor": self.score_floor},
+            **selection_from_config(self.cfg, self.classes),
+        )
+        if student.MODEL.MASK_ON and not is_segmentor(student):
+            _check_pseudo_masks(teacher, student)
+        # Of the pseudo labels only the name is known.
+        to_come = (PSEUDO, functools.partial(register_dataset, load=list), ())
+        with registered([*self.task.datasets(), to_come]):
+            models = [_model_of(cfg, self.processes.num_gpus) for cfg in (teacher, student)]
+            check_images((*teacher.DATASETS.TRAIN, *teacher.DATASETS.TEST))
+        if start == "teacher" and None not in models:
+            require_same_backbone(*models, student.MODEL.WEIGHTS)
+
+    def run(self, rounds: int, control: bool) -> dict[str, Any]:
+        """All stages and the summary."""
+        start = time.perf_counter()
+        teacher = self.train("teacher", self.teacher_config())
+        stages = {"teacher": teacher}
+        for number in range(1, rounds + 1):
+            prefix = "" if number == 1 else f"round_{number}/"
+            stages[f"{prefix}pseudo_labels"] = labels = self.label(f"{prefix}pseudo_labels", teacher)
+            student = self.train(
+                f"{prefix}student",
+                self.student_config(teacher, number),
+                pseudo_labels(PSEUDO, self.output / labels["folder"], self.cfg),
+            )
+            stages[f"{prefix}student"] = teacher = student
+        if control:
+            stages["control"] = self.train("control", self.control_config(stages["teacher"]))
+        summary = {
+            "task": self.task.name,
+            "seed": self.cfg.SEED,
+            "score_thresh": self.cfg.SELFTRAIN.SCORE_THRESH,
+            "seconds_of_last_run": round(time.perf_counter() - start, 1),
+            "stages": stages,
+        }
+        return write_summary(self.output, summary, self.config_of("student"), self.task)
 
     def teacher_config(self) -> CfgNode:
         cfg = self.cfg.clone()
@@ -181,7 +234,7 @@ class _Loop:
             raise InputError(f"SELFTRAIN.STUDENT: {error}") from error
         cfg.SELFTRAIN.STAGE = self.cfg.SELFTRAIN.STAGE + 1  # the student's human images, in their order
         start = cfg.SELFTRAIN.STUDENT_WEIGHTS
-        cfg.MODEL.WEIGHTS = {"teacher": teacher["weights"], "random": ""}.get(start, start)
+        cfg.MODEL.WEIGHTS = {"teacher": str(self.output / teacher["weights"]), "random": ""}.get(start, start)
         return cfg
 
     def config_of(self, stage: str) -> CfgNode:
@@ -190,7 +243,9 @@ class _Loop:
         cfg.defrost()
         cfg.merge_from_file(str(self.output / stage / "config.yaml"))
         cfg.MODEL.WEIGHTS = str(self.output / stage / _final_weights(cfg))
-        cfg.SELFTRAIN = self.cfg.SELFTRAIN.clone()  # how to label is not settled by what was trained before
+        # How and where to label is not settled by what was trained before.
+        cfg.SELFTRAIN = self.cfg.SELFTRAIN.clone()
+        cfg.merge_from_list([word for key in _PLACE for word in (key, value_of(self.cfg, key))])
         return cfg
 
     def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:
@@ -198,7 +253,7 @@ class _Loop:
         cfg.OUTPUT_DIR = str(self.output / stage)
         settings = {
             **_settings(cfg),
-            "weights_sha256": file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
+            _START: file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
             **self.task.fingerprint(),
         }
 
@@ -213,22 +268,25 @@ class _Loop:
             )
             return {
                 "stage": stage,
-                "weights": str(self.output / stage / _final_weights(cfg)),
                 "steps": cfg.SOLVER.MAX_ITER,
                 "human_images_per_step": cfg.SOLVER.IMS_PER_BATCH,
                 "pseudo_images_per_step": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
-                "config": str(self.output / stage / "config.yaml"),
                 "metrics": read_json(self.output / stage / RESULTS),
             }
 
-        return _run_stage(self.output / stage, settings, work)
+        return {
+            **_run_stage(self.output / stage, settings, work),
+            # Not from the stage's record: relative to a folder that may be moved.
+            "weights": f"{stage}/{_final_weights(cfg)}",
+            "config": f"{stage}/config.yaml",
+        }
 
     def label(self, stage: str, teacher: dict[str, Any]) -> dict[str, Any]:
         """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
         folder = self.output / stage
         cfg = self.config_of(teacher["stage"])
         images = self.task.unlabeled_images
-        logger.info(f"Labeling {images} with {teacher['weights']}")
+        logger.info(f"Labeling {images} with {cfg.MODEL.WEIGHTS}")
         run_in_processes(
             _label, self.processes, (cfg, images, list_images(images), str(folder), self.score_floor)
         )
@@ -240,7 +298,7 @@ class _Loop:
             )
         manifest = read_manifest(folder)
         return {
-            "folder": str(folder),
+            "folder": stage,
             "images": manifest["listed"],
             "skipped": len(manifest["skipped"]),
             **counts,
@@ -257,34 +315,93 @@ def _label(cfg: CfgNode, images: str, names: list[str], folder: str, score_floor
     generate_pseudo_labels(cfg, images, names, folder, score_floor=score_floor)
 
 
+def _check_pseudo_masks(teacher: CfgNode, student: CfgNode) -> None:
+    """Raise InputError if a student that learns masks of objects cannot learn its teacher's."""
+    if not teacher.MODEL.MASK_ON:
+        raise InputError(
+            "The student learns masks (MODEL.MASK_ON), but its teacher makes none: set it for both or for neither."
+        )
+    if student.INPUT.MASK_FORMAT != "bitmask":
+        raise InputError(
+            f"INPUT.MASK_FORMAT of the student is {student.INPUT.MASK_FORMAT}, but pseudo masks are bitmasks: set "
+            "SELFTRAIN.STUDENT \"('INPUT.MASK_FORMAT', 'bitmask')\", which takes polygons of people as well."
+        )
+
+
+def _model_of(cfg: CfgNode, processes: int) -> nn.Module | None:
+    """A stage's model without values, after the checks of its config; None if it cannot be built without values.
+
+    Raises:
+        InputError: see :func:`~selftrain_d2.engine.checks.check_training`.
+    """
+    try:
+        return check_training(cfg, processes, unread=(PSEUDO,))
+    except (NotImplementedError, RuntimeError) as error:  # a project's own model may need values
+        logger.info(f"{cfg.MODEL.META_ARCHITECTURE} cannot be checked before it is trained: {error}")
+        return None
+
+
 def _run_stage(folder: Path, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do a stage's work once: a finished one is taken as it is, one of other settings is refused."""
+    """Do a stage's work once: a finished one is taken as it is, one of other settings is refused.
+
+    Other settings are accepted where they spoil nothing: before the first checkpoint, or to correct the mistake that
+    the work ended with. Nothing is ever deleted.
+    """
     file = folder / STAGE
     record: dict[str, Any] = {"settings": settings, "seconds": 0.0, "result": None}
     if file.exists():
-        record = read_json(file)
-        # Work begun before a config key existed was done as the key's default has it.
-        check_unchanged(folder, {**_defaults(), **record["settings"]}, settings)
-        if record["result"] is not None:
+        before = read_json(file)
+        if before["result"] is not None:
+            check_unchanged(folder, _settings_of(before), settings)
             logger.info(f"{folder} is finished already.")
-            return {**record["result"], "seconds": record["seconds"]}
-    elif folder.exists() and any(folder.iterdir()):
+            return {**before["result"], "seconds": before["seconds"]}
+        if checkpoints_in(folder):
+            _check_correction(folder, before, settings)
+            record["seconds"] = before["seconds"]
+    elif not is_empty(folder, STAGE):
         raise InputError(f"{folder} is not empty and has no {STAGE}: choose another output folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    begun_now = not file.exists()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
     start = time.perf_counter()
+
+    def save() -> None:
+        record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
+        write_json(file, record)
+
     try:
         record["result"] = work()
-    except InputError:
-        if begun_now:  # the user corrects the mistake and calls again, with other settings
-            shutil.rmtree(folder)
+    except BaseException as error:
+        if isinstance(error, InputError):
+            record["mistake"] = str(error)
+        with contextlib.suppress(InputError):  # the disk may be full: `error` says so
+            save()  # the time of a run that was stopped counts as well
         raise
-    finally:  # the time of a run that was stopped counts as well
-        record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
-        if folder.exists():
-            write_json(file, record)
+    save()
     return {**record["result"], "seconds": record["seconds"]}
+
+
+def _check_correction(folder: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise InputError unless unfinished work may go on from its last checkpoint with these settings."""
+    before = _settings_of(record)
+    if "mistake" not in record:
+        check_unchanged(folder, before, settings)
+    check_unchanged(
+        folder, before, {_START: settings[_START]}
+    )  # what it began with cannot be changed any more
+    changed = [
+        f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changed:
+        logger.warning(
+            f"{folder} goes on from its last checkpoint with corrected settings ({', '.join(changed)}): the steps "
+            "before were trained without them."
+        )
+
+
+def _settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Work begun before a config key existed was done as the key's default has it."""
+    return {**_defaults(), **record["settings"]}
 
 
 def _settings(cfg: CfgNode) -> dict[str, Any]:

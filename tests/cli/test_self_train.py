@@ -1,5 +1,6 @@
 """The loop end to end, through the public command."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
+import cv2
 import pytest
 import torch
-from conftest import SMALL_MODEL, make_coco_set
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 
-from selftrain_d2 import load_pseudo_labels
+from selftrain_d2 import InputError, SelfTrainingTrainer, load_pseudo_labels
 from selftrain_d2.cli import main
+from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
+from selftrain_d2.engine import pipeline
 
 STEPS = ["SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SELFTRAIN.SCORE_THRESH", "0.005"]
 
@@ -37,7 +42,7 @@ def command(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_loop(command, tmp_path, capsys):
+def test_the_loop(command, tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     output = tmp_path / "output"
     summary = json.loads((output / "summary.json").read_text())
@@ -47,7 +52,11 @@ def test_the_loop(command, tmp_path, capsys):
     for name, pseudo_images in (("teacher", 0), ("student", 2), ("control", 0)):
         assert set(stages[name]["metrics"]["bbox"]) >= {"AP", "AP50", "AP75"}
         assert stages[name]["pseudo_images_per_step"] == pseudo_images
-        assert os.path.exists(stages[name]["weights"]) and os.path.exists(stages[name]["config"])
+        assert (
+            stages[name]["weights"] == f"{name}/model_final.pth"
+            and (output / stages[name]["weights"]).exists()
+        )
+        assert (output / stages[name]["config"]).exists()
     assert stages["pseudo_labels"]["images"] == 6 and stages["pseudo_labels"]["skipped"] == 1
     assert stages["pseudo_labels"]["boxes"] > 0
     assert len(summary["pseudo_label_quality"]) > 5
@@ -76,6 +85,25 @@ def test_the_loop(command, tmp_path, capsys):
     assert main([*command, "SOLVER.BASE_LR", "0.5"]) == 2
     error = capsys.readouterr().err
     assert re.search(r"teacher was begun with another SOLVER.BASE_LR: 0\.01 there, 0\.5 now", error), error
+
+    # Moved, called from another folder, and on another device than it was trained on, it is still finished.
+    names = {p.relative_to(output) for p in before}
+    shutil.move(output, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for config in (tmp_path / "moved").glob("*/config.yaml"):
+        text = config.read_text()
+        assert "DEVICE: cpu" in text and "NUM_WORKERS: 0" in text
+        config.write_text(
+            text.replace("DEVICE: cpu", "DEVICE: cuda:7").replace("NUM_WORKERS: 0", "NUM_WORKERS: 9")
+        )
+    command[command.index("--output") + 1] = "moved"
+    assert main(command) == 0
+    assert names == {
+        p.relative_to(tmp_path / "moved")
+        for p in (tmp_path / "moved").rglob("*")
+        if p.suffix in (".pth", ".parquet")
+    }
+    assert {p.stat().st_mtime_ns for p in (tmp_path / "moved").rglob("*.pth")} <= set(before.values())
 
 
 def test_label_and_evaluate_as_commands_of_their_own(command, tmp_path, capsys):
@@ -135,7 +163,7 @@ def test_two_rounds(command, tmp_path):
         "teacher", "pseudo_labels", "student", "round_2/pseudo_labels", "round_2/student",
     ]  # fmt: skip
     manifest = json.loads((tmp_path / "output" / "round_2" / "pseudo_labels" / "manifest.json").read_text())
-    assert manifest["teacher_weights"] == summary["stages"]["student"]["weights"]
+    assert manifest["teacher_weights"] == str(tmp_path / "output" / summary["stages"]["student"]["weights"])
 
 
 def _student_log(output):
@@ -151,7 +179,7 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
     output = tmp_path / "output"
     summary = json.loads((output / "summary.json").read_text())
     average = os.path.join("student", "weight_average", "model_final.pth")
-    assert summary["stages"]["student"]["weights"] == str(output / average)
+    assert summary["stages"]["student"]["weights"] == average
     manifest = json.loads((output / "round_2" / "pseudo_labels" / "manifest.json").read_text())
     assert manifest["teacher_weights"] == str(output / average)
     weights = torch.load(output / average, weights_only=True)["model"]
@@ -159,18 +187,150 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
     assert "No checkpoint found. Initializing model from scratch" in _student_log(output)
 
 
-def test_a_larger_student_cannot_take_the_teachers_weights(command, tmp_path, capsys):
-    command.remove("--control")
-    options = ["SELFTRAIN.STUDENT", "('MODEL.EFFICIENTNET.NAME', 'efficientnet-b2')"]
-    assert main([*command, *options]) == 2
-    error = capsys.readouterr().err
-    assert "model_final.pth" in error and "of another shape" in error, error
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["SELFTRAIN.STUDENT", "('MODEL.EFFICIENTNET.NAME', 'efficientnet-b2')"],
+            ["model_final.pth", "of another shape"],
+        ),
+        (
+            ["SELFTRAIN.STUDENT_WEIGHTS", "missing.pth"],
+            ["SELFTRAIN.STUDENT_WEIGHTS: missing.pth does not exist"],
+        ),
+        (["SELFTRAIN.STUDENT", "('MODEL.MASK_ON', True)"], ["MODEL.MASK_ON", "its teacher makes none"]),
+        (["MODEL.MASK_ON", "True"], ["INPUT.MASK_FORMAT of the student is polygon", "SELFTRAIN.STUDENT"]),
+        (["SELFTRAIN.STUDENT", "('SOLVER.WARMUP_ITERS', 3)"], ["SOLVER.WARMUP_ITERS is 3"]),
+        (["SELFTRAIN.SCORE_THRESH_BY_CLASS", "('blue', 0.5)"], ["no class 'blue'"]),
+        (["SELFTRAIN.SCORE_THRESH", "0.0001"], ["The score threshold 0.0001"]),
+    ],
+)
+def test_mistakes_in_later_stages_are_told_before_the_first(command, tmp_path, capsys, options, words):
+    assert_refused([*command, *options], capsys, *words, output=tmp_path / "output")
 
 
-def test_a_student_from_other_weights(command, tmp_path, capsys):
+def test_a_score_floor_that_is_none_is_told_before_the_teacher_is_trained(command, tmp_path, capsys):
+    command[command.index("--score-floor") + 1] = "1"
+    assert_refused(command, capsys, "score floor must be in", output=tmp_path / "output")
+
+
+def _cut_short(file):
+    os.truncate(file, file.stat().st_size // 2)  # the header with the size is whole
+
+
+def _halve(file):
+    cv2.imwrite(str(file), cv2.imread(str(file))[::2])
+
+
+@pytest.mark.parametrize("part", ["labeled", "validation"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda file: file.write_bytes(b"no image"), "cannot be read"),
+        (_cut_short, "cannot be read"),
+        (_halve, "is 96 x 48 pixels, but its annotations say 96 x 96"),
+    ],
+)
+def test_faulty_images_are_told_before_any_work(command, tmp_path, capsys, part, spoil, words):
+    file = tmp_path / part / "images" / "002.png"
+    spoil(file)
+    assert_refused(command, capsys, str(file), words, output=tmp_path / "output")
+
+
+def test_a_teacher_is_kept_when_its_evaluation_meets_a_mistake(command, tmp_path, monkeypatch, capsys):
+    """A validation image lost after all steps: nothing else is, and nothing is redone."""
+    output, image = tmp_path / "output", tmp_path / "validation" / "images" / "002.png"
+    whole, test = image.read_bytes(), SelfTrainingTrainer.test
+
+    def lose_it(*arguments):
+        image.write_bytes(b"")
+        return test(*arguments)
+
+    command = [*command, "SELFTRAIN.SCORE_THRESH", "1.0"]  # no label has it: the loop ends after labeling
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfTrainingTrainer, "test", staticmethod(lose_it))
+        assert_refused(command, capsys, str(image), "cannot be read")
+    trained = {file: file.stat().st_mtime_ns for file in (output / "teacher").glob("*.pth")}
+    assert output / "teacher" / "model_final.pth" in trained
+    image.write_bytes(whole)
+    assert_refused(command, capsys, "No pseudo label")
+    assert {file: file.stat().st_mtime_ns for file in (output / "teacher").glob("*.pth")} == trained
+    assert json.loads((output / "teacher" / "stage.json").read_text())["result"]["metrics"]["bbox"]
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """Training that leaves checkpoints and ends as told; ``calls`` are the learning rates it was called with."""
+
+    class Stops:
+        checkpoints: ClassVar = ()
+        error = None
+
+        def __call__(self, cfg, *arguments, **options):
+            self.calls.append(cfg.SOLVER.BASE_LR)
+            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            for name in self.checkpoints:
+                open(os.path.join(cfg.OUTPUT_DIR, name), "w").close()
+            raise self.error
+
+    stops = Stops()
+    stops.calls = []
+    monkeypatch.setattr(pipeline, "train", stops)
+    return stops
+
+
+def test_corrected_settings_go_on(command, tmp_path, stops, capsys):
+    teacher = tmp_path / "output" / "teacher"
+    stops.error = KeyboardInterrupt()
+    assert main(command) == 130
+    # Before the first checkpoint nothing is spoiled by other settings.
+    assert main([*command, "SOLVER.BASE_LR", "0.02"]) == 130
+    stops.checkpoints = ["model_0000000.pth"]
+    assert main([*command, "SOLVER.BASE_LR", "0.03"]) == 130
+    capsys.readouterr()
+    # Work that was stopped, not wrong, has settled its settings.
+    stops.checkpoints, stops.error = (), InputError("a mistake")
+    assert_refused(
+        [*command, "SOLVER.BASE_LR", "0.04"], capsys, "another SOLVER.BASE_LR: 0.03 there, 0.04 now"
+    )
+    assert_refused([*command, "SOLVER.BASE_LR", "0.03"], capsys, "a mistake")
+    # A mistake may be corrected; nothing was deleted, and what began the work cannot be corrected any more.
+    (tmp_path / "other.pth").write_bytes(b"")
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "other.pth")]
+    assert_refused([*command, "SOLVER.BASE_LR", "0.05", *weights], capsys, "another weights_sha256")
+    assert main([*command, "SOLVER.BASE_LR", "0.05"]) == 2
+    assert "corrected settings (SOLVER.BASE_LR 0.03 -> 0.05)" in capsys.readouterr().out
+    assert stops.calls == [0.01, 0.02, 0.03, 0.03, 0.05] and (teacher / "model_0000000.pth").exists()
+    assert json.loads((teacher / "stage.json").read_text())["settings"]["SOLVER.BASE_LR"] == 0.05
+
+
+def test_a_record_that_a_full_disk_does_not_take_hides_no_mistake(
+    command, tmp_path, stops, monkeypatch, capsys
+):
+    stops.error = InputError("the disk is full")
+    write_json, written = pipeline.write_json, []
+
+    def once(file, content):
+        if written:
+            raise InputError("the record cannot be written")
+        written.append(file)
+        write_json(file, content)
+
+    monkeypatch.setattr(pipeline, "write_json", once)
+    assert_refused(command, capsys, "the disk is full")
+
+
+def test_one_loop_at_a_time(command, tmp_path, capsys):
+    output = tmp_path / "output"
+    output.mkdir()
+    with contextlib.closing(FolderLock(output)):
+        assert_refused(command, capsys, "is being written by process")
+
+
+def test_a_student_from_other_weights(command, tmp_path):
     command.remove("--control")
-    assert main([*command, "SELFTRAIN.STUDENT_WEIGHTS", str(tmp_path / "missing.pth")]) == 2
-    assert "missing.pth" in capsys.readouterr().err
+    teacher = [*command, "SELFTRAIN.SCORE_THRESH", "1.0"]
+    assert main(teacher) == 2  # no pseudo label: it ends with the teacher
     shutil.copy(tmp_path / "output" / "teacher" / "model_final.pth", tmp_path / "other.pth")
     assert main([*command, "SELFTRAIN.STUDENT_WEIGHTS", str(tmp_path / "other.pth")]) == 0
     assert "other.pth" in _student_log(tmp_path / "output")

@@ -55,7 +55,8 @@ class PseudoLabelWriter:
         folder: made if it is not there.
         identity: what the labels depend on: ``thing_classes`` (boxes) or ``stuff_classes`` (masks), ``score_floor``
             (no box or pixel of a lower score is written), ``image_root``, hashes of the teacher. A folder begun with
-            another identity is refused. Goes into the manifest.
+            another identity is refused (another ``image_root`` only while the one before is there: images may be
+            moved). Goes into the manifest.
         file_names: all images to label, relative to the image root, in a fixed order.
         exclusive: hold the folder against all other writers that ask for this, remove what a killed one left
             half-written, and check the shards that are there; damaged ones are removed, so they are missing.
@@ -90,7 +91,12 @@ class PseudoLabelWriter:
                 with writing(self.folder):
                     self._take()
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
+            moved = exclusive and self._images_moved()
+            if moved:
+                self.manifest["image_root"] = self.identity["image_root"]
             check_unchanged(self.folder, self.manifest, self.identity)
+            if moved:
+                write_json(self.folder / MANIFEST, self.manifest)
             if exclusive:
                 self._clean()
         except BaseException:
@@ -111,6 +117,16 @@ class PseudoLabelWriter:
         if not manifest_file.exists():
             write_json(manifest_file, {"finished": False, **self.identity})
         self._shards.mkdir(exist_ok=True)
+
+    def _images_moved(self) -> bool:
+        """Whether the images are no more where they were: those of now, of the same names, are taken for them."""
+        before, now = (os.fspath(content.get("image_root", "")) for content in (self.manifest, self.identity))
+        if before == now or not before or "://" in before or os.path.exists(before):
+            return False
+        logger.warning(
+            f"{self.folder}: the images were in {before}, which is gone; they are taken to be in {now} now."
+        )
+        return True
 
     def _clean(self) -> None:
         """Remove what is half-written, damaged, or there twice."""

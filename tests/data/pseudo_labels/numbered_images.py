@@ -24,9 +24,9 @@ def numbered_row(name):
     return make_row(name, 100, 120, boxes, rng.uniform(0.05, 1, i), rng.integers(0, 2, i))
 
 
-def write_numbered(folder, shards=None):
+def write_numbered(folder, shards=None, identity=IDENTITY):
     """A writer that has written these shards, or all that are missing."""
-    writer = PseudoLabelWriter(folder, IDENTITY, NAMES)
+    writer = PseudoLabelWriter(folder, identity, NAMES)
     for shard in writer.missing_shards() if shards is None else shards:
         writer.write_shard(shard, [numbered_row(NAMES[i]) for i in writer.shard_range(shard)])
     return writer

@@ -5,6 +5,7 @@ from numbered_images import IDENTITY, NAMES, numbered_row, write_numbered
 
 from selftrain_d2 import InputError, load_pseudo_labels
 from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 
@@ -43,6 +44,21 @@ def test_other_teacher_or_images_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"another file_list_sha256: [0-9a-f]{64} there, [0-9a-f]{64} now"):
         PseudoLabelWriter(tmp_path, IDENTITY, NAMES[::-1])
     PseudoLabelWriter(tmp_path, IDENTITY, NAMES)  # a refused writer does not hold the folder
+
+
+def test_images_may_be_moved(tmp_path):
+    """Another root is another set of images of the same names, unless the root of before is gone."""
+    folder, roots = tmp_path / "labels", [tmp_path / "photos", tmp_path / "moved"]
+    roots[0].mkdir()
+    before, after = ({**IDENTITY, "image_root": str(root)} for root in roots)
+    write_numbered(folder, identity=before).finish()
+    with pytest.raises(InputError, match="another image_root"):
+        PseudoLabelWriter(folder, after, NAMES)
+    roots[0].rename(roots[1])
+    PseudoLabelWriter(folder, after, NAMES).close()
+    assert read_manifest(folder)["image_root"] == str(roots[1])
+    with pytest.raises(InputError, match="another score_floor"):
+        PseudoLabelWriter(folder, {**before, "score_floor": 0.5}, NAMES)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
