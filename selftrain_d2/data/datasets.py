@@ -160,13 +160,13 @@ def check_coco_json(
     image_root: str | os.PathLike,
     *,
     allow_flat: bool = True,
-    rename: Callable[[str], str] | None = None,
+    mend_image: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Read a COCO JSON of human labels and check all that would fail later, or train on nonsense.
 
     Args:
         allow_flat: only warn of boxes without width or height. Training drops them, and COCO's own train2017 has two.
-        rename: gives each image's ``file_name`` the name that it has in ``image_root``.
+        mend_image: called with each image's entry before it is checked, to correct it in place.
 
     Returns:
         The parsed file.
@@ -190,8 +190,8 @@ def check_coco_json(
         if not isinstance(coco.get(key), list) or not coco[key]:
             raise InputError(f"{path} is not a COCO file to train or evaluate on: it has no {key!r}.")
     try:
-        for image in coco["images"] if rename else ():
-            image["file_name"] = rename(image["file_name"])
+        for image in coco["images"] if mend_image else ():
+            mend_image(image)
         _check_entries(path, coco, image_root, allow_flat)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 import pycocotools.mask as mask_util
 
-from selftrain_d2.data.datasets import check_coco_json, coco_class_names
+from selftrain_d2.data.datasets import check_coco_json, coco_class_names, read_image_size
 from selftrain_d2.data.image_sources import absolute_root
 from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
@@ -129,7 +129,7 @@ def import_coco(
     Boxes keep their ``score``; those without one, which people drew, get 1. Annotations with ``iscrowd`` 1 are objects
     like the others: CVAT and datumaro mark RLE masks so. The log says how many there are of both. Masks, polygons or
     RLE, are kept if every box has one. Label Studio's names of local files (``/data/local-files/?d=...``) are made
-    relative to the image root.
+    relative to the image root, and the sizes that it leaves out are read from the images.
 
     Args:
         json_file: COCO JSON. Read into memory as a whole.
@@ -146,7 +146,7 @@ def import_coco(
             from 0 to 1; a mask for some boxes alone; ``folder`` holds other pseudo labels.
     """
     coco = check_coco_json(
-        json_file, image_root, allow_flat=False, rename=lambda name: _local_name(name, image_root)
+        json_file, image_root, allow_flat=False, mend_image=lambda image: _mend_image(image, image_root)
     )
     names = list(coco_class_names(coco) if thing_classes is None else thing_classes)
     identity = {
@@ -256,6 +256,21 @@ def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     if isinstance(segmentation["counts"], list):
         return mask_util.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def _mend_image(image: dict[str, Any], image_root: str | os.PathLike) -> None:
+    """Undo what Label Studio did to an image's entry."""
+    image["file_name"] = _local_name(image["file_name"], image_root)
+    path = os.path.join(image_root, image["file_name"])
+    if None in (image.get("height"), image.get("width")) and os.path.isfile(
+        path
+    ):  # it knows those of boxes alone
+        try:
+            image["height"], image["width"] = read_image_size(path)
+        except OSError as error:
+            raise InputError(
+                f"Image {path} has no size in the COCO JSON and cannot be read ({error}): leave it out of the file."
+            ) from error
 
 
 def _local_name(file_name: str, image_root: str | os.PathLike) -> str:

@@ -290,6 +290,24 @@ def test_a_name_of_label_studio_without_an_image(tmp_path, photos, corrected):
         import_coco(corrected(change), photos, tmp_path / "back")
 
 
+def test_sizes_that_label_studio_left_out(tmp_path, photos, corrected):
+    """It takes them from boxes, so an image without boxes has none."""
+
+    def change(content):
+        content["images"][1].update(height=None, width=None)
+        del content["images"][2]["height"]
+
+    import_coco(corrected(change), photos, tmp_path / "back")
+    sizes = [(d["height"], d["width"]) for d in load_pseudo_labels(tmp_path / "back", 0.0)]
+    assert sizes == [(HEIGHT, WIDTH)] * 3
+    (tmp_path / "broken").mkdir()
+    for name in ("a.png", "deep/b.png", "c.png"):
+        (tmp_path / "broken" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "broken" / name).touch()
+    with pytest.raises(InputError, match=r"b\.png has no size in the COCO JSON and cannot be read"):
+        import_coco(tmp_path / "corrected.json", tmp_path / "broken", tmp_path / "other")
+
+
 def test_classes_in_the_order_of_another_tool(tmp_path, photos, corrected):
     """FiftyOne and Label Studio sort them: the message names the argument that sets their order."""
 
