@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from selftrain_d2.cli import main
-from selftrain_d2.engine.simclr import SimCLRTrainer
+from selftrain_d2.engine.simclr_training import SimCLRTrainer
 from selftrain_d2.modeling.checkpoint import load_weights
 from selftrain_d2.modeling.simclr import SimCLR
 
