@@ -15,8 +15,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
+from selftrain_d2.data.coco_datasets import coco_dataset
 from selftrain_d2.data.datasets import register_dataset
+from selftrain_d2.data.loader import get_human_dicts
 from selftrain_d2.data.segmentation_datasets import VOC_NAME, voc_2012_places
+from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.launch import DatasetSpec, Processes
 
 Result = TypeVar("Result")
@@ -91,6 +94,16 @@ class Plan:
             images = cfg.SOLVER[f"{prefix}IMS_PER_BATCH"]
             alpha = f", alpha {cfg.SELFTRAIN.ALPHA:g}" if prefix == "PSEUDO_" else ""
             self.catalog(title, cfg.DATASETS[f"{prefix}TRAIN"], f", {images} images a step{alpha}")
+
+    def labels(self, cfg: CfgNode, training: bool = True) -> None:
+        """Read the COCO files that are there, with all the checks of the real run."""
+        checks = [(cfg.DATASETS.TEST, check_evaluation)]
+        if training:
+            checks.insert(0, (cfg.DATASETS.TRAIN, get_human_dicts))
+        for names, check in checks:
+            if set(names).isdisjoint(self.unread) and all(coco_dataset(name) for name in names):
+                files = [file for name in names for file in files_of_dataset(name)]
+                self.read(files, lambda check=check: check(cfg))
 
     def model(self, cfg: CfgNode, model: nn.Module) -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6

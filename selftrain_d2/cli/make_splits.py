@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from selftrain_d2.cli.dry_run import Plan
-from selftrain_d2.data.splits import make_splits, parse_fractions
+from selftrain_d2.data.splits import make_splits, parse_fractions, read_labels, split_sizes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,9 @@ def plan(args: argparse.Namespace) -> Plan:
     plan = Plan()
     fractions = parse_fractions(args.fractions)
     plan.say("split", f"{args.json}, seed {args.seed}{', stratified' if args.stratified else ''}")
-    plan.has(args.json)
+    coco = plan.read([args.json], lambda: read_labels(args.json))
+    if coco is not None:
+        split_sizes(fractions, len(coco["images"]), args.json)
     plan.say("output", ", ".join(str(args.output / f"labeled_{name}.json") for name in fractions))
     return plan
 

@@ -128,6 +128,7 @@ def plan(args: argparse.Namespace) -> Plan:
             check_run_folder(cfg.OUTPUT_DIR, args.resume)
         plan.weights(cfg, resumed=args.resume)
         plan.catalog("evaluate on", cfg.DATASETS.TEST)
+        plan.labels(cfg, training=not args.eval_only)
         plan.processes(processes_of(args))
         plan.say("output", cfg.OUTPUT_DIR)
     return plan

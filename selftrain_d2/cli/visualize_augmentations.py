@@ -20,6 +20,7 @@ from detectron2.data import DatasetCatalog
 from selftrain_d2.cli.common import add_config_arguments, setup_config
 from selftrain_d2.data.augmentation.contact_sheet import operation_sheet, policy_sheet
 from selftrain_d2.data.augmentation.registry import operation_settings
+from selftrain_d2.data.coco_datasets import reading_coco
 from selftrain_d2.data.datasets import register_human_labels, unregister
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.errors import InputError
@@ -76,7 +77,8 @@ def _labeled_records(args: argparse.Namespace) -> list[dict[str, Any]]:
         finally:
             unregister(_NAME)
     elif args.dataset in DatasetCatalog:
-        records = DatasetCatalog.get(args.dataset)
+        with reading_coco([args.dataset]):
+            records = DatasetCatalog.get(args.dataset)
     else:
         raise InputError(f"No data set {args.dataset!r} is registered; use --json and --images for files.")
     records = [record for record in records if record.get("annotations")]

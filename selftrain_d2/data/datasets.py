@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
+from selftrain_d2.data.coco_datasets import CocoDataset
+from selftrain_d2.data.coco_file import CocoFile, coco_class_names, read_coco  # noqa: F401  (imported from here)
 from selftrain_d2.data.image_files import read_image_size
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.data.label_maps import VOID
@@ -20,12 +20,8 @@ from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import ScoreThreshold, resolve_thresholds
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import read_json
 
 logger = logging.getLogger(__name__)
-
-# How far (pixels) a box may stick out of its image. COCO's own files do so by rounding.
-_BORDER_TOLERANCE = 1.0
 
 
 def load_image_folder(folder: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -119,21 +115,18 @@ def register_pseudo_labels(
 def register_human_labels(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
     """Check a COCO JSON with ``check_coco_json``, then register it as detectron2 does.
 
-    Like ``register_coco_instances``, but a mistake in the file is told now and in one sentence, and the
-    class names are known to the catalog before the dataset is loaded.
+    Like ``register_coco_instances``, but a mistake in the file is told now and in one sentence, what can be is
+    repaired, and the names of classes and keypoints are known to the catalog before the dataset is loaded.
 
     Raises:
         InputError: see :func:`check_coco_json`; or the name is taken.
     """
-    coco = check_coco_json(json_file, image_root)
+    file = read_human_coco(json_file, image_root)
     json_file, image_root = str(json_file), str(image_root)
-    register_dataset(name, lambda: load_coco_json(json_file, image_root, name))
-    MetadataCatalog.get(name).set(
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
-        thing_classes=coco_class_names(coco),
-    )
+    dataset = CocoDataset(name, json_file, image_root, checked=True)
+    register_dataset(name, dataset)
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+    dataset.describe(file)
 
 
 def register_dataset(name: str, load) -> None:
@@ -150,11 +143,6 @@ def unregister(name: str) -> None:
         MetadataCatalog.remove(name)
 
 
-def coco_class_names(coco: dict[str, Any]) -> list[str]:
-    """Class names in the order of detectron2's contiguous ids, that is by category id."""
-    return [c["name"] for c in sorted(coco["categories"], key=lambda c: c["id"])]
-
-
 def check_coco_json(
     json_file: str | os.PathLike,
     image_root: str | os.PathLike,
@@ -169,94 +157,36 @@ def check_coco_json(
         mend_image: called with each image's entry before it is checked, to correct it in place.
 
     Returns:
-        The parsed file.
+        The parsed file, repaired as :mod:`selftrain_d2.data.coco_file` says.
 
     Raises:
-        InputError: naming the file and the first offender: not JSON, no categories or images, an image file
-            that does not exist, an unknown category or image id, or a box that is NaN, of negative size (without
-            ``allow_flat`` also of zero area), or outside its image.
+        InputError: naming the file and the first offender: an image file that does not exist, or see
+            :func:`selftrain_d2.data.coco_file.read_coco`.
     """
-    path = Path(json_file)
-    if not path.is_file():
-        raise InputError(f"COCO JSON {path} does not exist.")
+    return read_human_coco(json_file, image_root, allow_flat=allow_flat, mend_image=mend_image).content
+
+
+def read_human_coco(
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    masks: bool = False,
+    allow_flat: bool = True,
+    mend_image: Callable[[dict[str, Any]], None] | None = None,
+) -> CocoFile:
+    """:func:`selftrain_d2.data.coco_file.read_coco`, with a check that the image files are there."""
     if "://" not in str(image_root) and not Path(image_root).is_dir():
-        raise InputError(f"Image folder {image_root} (for {path}) does not exist or is not a folder.")
-    coco = read_json(path)
-    if not isinstance(coco, dict):
-        raise InputError(
-            f"{path} is not a COCO file: its top level is a {type(coco).__name__}, not an object."
-        )
-    for key in ("categories", "images"):
-        if not isinstance(coco.get(key), list) or not coco[key]:
-            raise InputError(f"{path} is not a COCO file to train or evaluate on: it has no {key!r}.")
-    try:
-        for image in coco["images"] if mend_image else ():
-            mend_image(image)
-        _check_entries(path, coco, image_root, allow_flat)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a COCO file: an entry lacks or has the wrong kind of {error}."
-        ) from error
-    return coco
-
-
-def _check_entries(path: Path, coco: dict[str, Any], image_root: str | os.PathLike, allow_flat: bool) -> None:
-    _check_unique(path, "categories", coco["categories"])
-    _check_unique(path, "images", coco["images"])
-    names = [c["name"] for c in coco["categories"]]
-    if len(set(names)) < len(names):
-        raise InputError(f"{path} has two categories of the same name: {_first_repeated(names)!r}.")
+        raise InputError(f"Image folder {image_root} (for {json_file}) does not exist or is not a folder.")
+    file = read_coco(json_file, masks=masks, allow_flat=allow_flat, mend_image=mend_image)
     isfile = PathManager.isfile if "://" in str(image_root) else os.path.isfile
-    missing = [i["file_name"] for i in coco["images"] if not isfile(os.path.join(image_root, i["file_name"]))]
+    names = [image["file_name"] for image in file.content["images"]]
+    missing = [name for name in names if not isfile(os.path.join(image_root, name))]
     if missing:
         raise InputError(
-            f"{path} names {len(missing)} images that are not in {image_root}, e.g. {missing[0]}: "
+            f"{json_file} names {len(missing)} images that are not in {image_root}, e.g. {missing[0]}: "
             "check the image folder."
         )
-    images = {image["id"]: image for image in coco["images"]}
-    categories = {category["id"] for category in coco["categories"]}
-    flat = []
-    for annotation in coco.get("annotations", []):
-        where = f"{path}, annotation {annotation.get('id')}, image {annotation['image_id']}"
-        if annotation["image_id"] not in images:
-            raise InputError(f"{where}: no image has that id.")
-        if annotation["category_id"] not in categories:
-            raise InputError(f"{where}: no category has the id {annotation['category_id']}.")
-        problem = _box_problem(annotation["bbox"], images[annotation["image_id"]])
-        if problem:
-            raise InputError(f"{where}: the box {annotation['bbox']} (x, y, width, height) {problem}.")
-        if 0 in annotation["bbox"][2:]:
-            if not allow_flat:
-                raise InputError(f"{where}: the box {annotation['bbox']} (x, y, width, height) has no area.")
-            flat.append(annotation)
-    if flat:
-        logger.warning(
-            f"{path}: {len(flat)} boxes without area will be left out in training, e.g. {flat[0]['bbox']} "
-            f"(x, y, width, height) of image {flat[0]['image_id']}."
-        )
-
-
-def _box_problem(box: Sequence[float], image: dict[str, Any]) -> str | None:
-    if len(box) != 4 or not all(math.isfinite(v) for v in box):
-        return "is not four finite numbers"
-    x, y, width, height = box
-    if width < 0 or height < 0:
-        return "has a negative size"
-    excess = max(-x, -y, x + width - image["width"], y + height - image["height"])
-    if excess > _BORDER_TOLERANCE:
-        return f"lies {excess:g} pixels outside its image of {image['width']} x {image['height']}"
-    return None
-
-
-def _check_unique(path: Path, key: str, entries: list[dict[str, Any]]) -> None:
-    ids = [entry["id"] for entry in entries]
-    if len(set(ids)) < len(ids):
-        raise InputError(f"{path} has two {key} of the same id: {_first_repeated(ids)}.")
-
-
-def _first_repeated(values: list) -> Any:
-    seen = set()
-    return next(v for v in values if v in seen or seen.add(v))
+    return file
 
 
 def class_names(name: str) -> list[str] | None:

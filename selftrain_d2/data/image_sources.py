@@ -17,9 +17,10 @@ from typing import NamedTuple
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from selftrain_d2.data import tar_archive
+from selftrain_d2.data.coco_datasets import reading_coco
+from selftrain_d2.data.coco_file import read_coco_images
 from selftrain_d2.data.image_formats import has_image_extension, printable
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import read_json
 
 
 class ImageSource(NamedTuple):
@@ -155,16 +156,9 @@ def images_of_coco_json(json_file: str | os.PathLike, image_root: str | os.PathL
         InputError: the file or the root is missing, the file is not COCO's or names an image twice, or no image
             exists.
     """
-    if not os.path.isfile(json_file):
-        raise InputError(f"COCO JSON {json_file} does not exist.")
+    images = read_coco_images(json_file)
     root = _existing_root(image_root)
-    coco = read_json(json_file)
-    try:
-        names = [_relative(image["file_name"], root) for image in coco["images"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{json_file} is not a COCO file: it needs 'images', a list of objects with a 'file_name' each."
-        ) from error
+    names = [_relative(image["file_name"], root) for image in images]
     check_distinct(names, f"COCO JSON {json_file}")
     return _checked(f"COCO JSON {json_file}", root, names)
 
@@ -230,7 +224,8 @@ def images_of_dataset(name: str) -> ImageSource:
     if name not in DatasetCatalog:
         raise InputError(f"There is no dataset named {name!r}; known: {', '.join(DatasetCatalog.list())}.")
     try:
-        paths = list(dict.fromkeys(d["file_name"] for d in DatasetCatalog.get(name)))
+        with reading_coco([name]):
+            paths = list(dict.fromkeys(d["file_name"] for d in DatasetCatalog.get(name)))
     except FileNotFoundError as error:
         raise InputError(f"The files of dataset {name!r} are not there: {error}.") from error
     if not paths:

@@ -12,13 +12,19 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetCatalog, DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.build import print_instances_class_histogram
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from selftrain_d2.data.classification import ClassificationMapper, get_classification_dicts
+from selftrain_d2.data.coco_datasets import reading_coco
+from selftrain_d2.data.coco_file import nothing_to_learn
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.packed_loader import PackedLoader
@@ -121,14 +127,66 @@ def get_human_dicts(cfg) -> list[dict[str, Any]]:
     """Dataset dicts of DATASETS.TRAIN, stamped as human-labeled.
 
     Raises:
-        InputError: a dataset is not registered, or has other classes than the first.
+        InputError: a dataset is not registered, or has other classes than the first; a COCO file cannot be used (see
+            :func:`selftrain_d2.data.coco_file.read_coco`); there is no object to learn from, or none of the kind
+            that MODEL.MASK_ON and MODEL.KEYPOINT_ON ask for.
     """
-    check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-    check_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.TRAIN[1:], "human-labeled")
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    names = cfg.DATASETS.TRAIN
+    check_registered("DATASETS.TRAIN", names)
+    check_classes(names[0], names[1:], "human-labeled")
+    with reading_coco(names, masks=cfg.MODEL.MASK_ON):
+        dicts = get_detection_dataset_dicts(names, filter_empty=False, check_consistency=False)
+    check_classes(names[0], names[1:], "human-labeled")  # those that were unknown before they were read
+    if "annotations" in dicts[0]:
+        _check_objects(cfg, dicts)
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            dicts = filter_images_with_only_crowd_annotations(dicts)
+        if class_names(names[0]):
+            print_instances_class_histogram(dicts, class_names(names[0]))
     return [{**d, "label_source": "human"} for d in dicts]
+
+
+def _check_objects(cfg, dicts: Sequence[dict[str, Any]]) -> None:
+    """Raise InputError unless there are objects to learn from, with masks and keypoints where they are learned."""
+    objects = (a for d in dicts for a in d.get("annotations", ()) if not a.get("iscrowd", 0))
+    if not any(_has_area(annotation) for annotation in objects):
+        annotations = [a for d in dicts for a in d.get("annotations", ())]
+        raise InputError(nothing_to_learn(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}", annotations))
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        for d in dicts:
+            if any(
+                isinstance(a.get("segmentation"), dict) and not a.get("iscrowd", 0) for a in d["annotations"]
+            ):
+                raise InputError(
+                    f"Image {d['file_name']} (id {d['image_id']}) has a mask in run lengths, which INPUT.MASK_FORMAT "
+                    "'polygon' does not take: set INPUT.MASK_FORMAT bitmask."
+                )
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoints(cfg, cfg.DATASETS.TRAIN)
+
+
+def _has_area(annotation: dict[str, Any]) -> bool:
+    x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    return x1 > x0 and y1 > y0
+
+
+def check_keypoints(cfg, names: Sequence[str]) -> None:
+    """Raise InputError unless registered datasets name the keypoints that MODEL.ROI_KEYPOINT_HEAD learns, all alike."""
+    number, expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, None
+    for name in names:
+        points = MetadataCatalog.get(name).get("keypoint_names")
+        if not points:
+            raise InputError(
+                f"MODEL.KEYPOINT_ON needs the names of the keypoints of {name!r}: a COCO JSON has them in each of its "
+                "'categories', as 'keypoints'."
+            )
+        if len(points) != number:
+            raise InputError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {name!r} has {len(points)} keypoints."
+            )
+        expected = expected or points
+        if list(points) != list(expected):
+            raise InputError(f"{name!r} has other keypoints than {names[0]!r}: {points} against {expected}.")
 
 
 def get_pseudo_dicts(cfg) -> Sequence[dict[str, Any]]:

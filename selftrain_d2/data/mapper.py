@@ -57,6 +57,10 @@ class SelfTrainingDatasetMapper(DatasetMapper):
                 raise InputError(
                     f"{key} does not work with the policies of INPUT.AUGMENTATION; set it to False."
                 )
+        if not is_train:  # nothing of a test image is mirrored, so that DATASETS.TRAIN need not be there
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(cfg, is_train)
         arguments["augmentations"] = build_augmentations(cfg, is_train)
         arguments["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
@@ -143,7 +147,12 @@ class SelfTrainingDatasetMapper(DatasetMapper):
                     polygons = [p.reshape(-1) for p in polygons]
                     segmentations.append(polygons_to_bitmask(polygons, *image_size))
             elif isinstance(segmentation, dict) and self.instance_mask_format == "bitmask":
-                mask = mask_util.decode(segmentation).astype(bool)
+                try:
+                    mask = mask_util.decode(segmentation).astype(bool)
+                except ValueError as error:
+                    raise InputError(
+                        f"{_name(sample)} has a mask in run lengths that cannot be read ({error}); remove it."
+                    ) from error
                 segmentations.append(transforms.apply_segmentation(mask))
             else:
                 raise InputError(

@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from selftrain_d2.data.image_sources import check_distinct, list_line
+from selftrain_d2.data.coco_file import read_coco
+from selftrain_d2.data.image_sources import list_line
 from selftrain_d2.data.prepared_folder import find_manifest, prepare_folder, write_manifest
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import check_unchanged, read_json
+from selftrain_d2.files import check_unchanged
 
 TITLE = "Labeled fractions of a COCO file"
 # Raise it whenever the same input would give other splits: finished folders are then made anew.
@@ -49,7 +50,7 @@ def make_splits(
     For each fraction F (percent, as short as it can be written: ``10``, ``0.5``) the folder gets
     ``labeled_F.json``, the source with fewer images and annotations (crowd regions included) and all else as it
     was, and ``unlabeled_F.txt``, the sorted file names of the images left out, one a line as ``list_line`` writes
-    them (none for 100).
+    them (none for 100). What is wrong with the source is repaired first, see :mod:`selftrain_d2.data.coco_file`.
     Images are written in the order of sampling, so the files do not depend on the order in the source either.
 
     Args:
@@ -63,13 +64,14 @@ def make_splits(
         The manifest: source, settings, images and objects of each class per fraction, SHA-256 of every file.
 
     Raises:
-        InputError: the source is missing, no COCO file, or names an image file twice; a fraction is out of
+        InputError: the source is missing, no COCO file, or names an image file twice (see
+            :func:`selftrain_d2.data.coco_file.read_coco`); a fraction is out of
             range, given twice, or less than half an image; ``output`` holds other files or was made with
             other settings.
     """
     percents = parse_fractions(fractions)
     json_file, output = Path(json_file), Path(output).absolute()
-    coco = _read_coco(json_file)
+    coco = read_labels(json_file)
     settings = {
         "source_sha256": hashlib.sha256(json_file.read_bytes()).hexdigest(),
         "fractions": list(percents),
@@ -79,7 +81,7 @@ def make_splits(
     earlier = find_manifest(output, TITLE)
     if earlier:
         check_unchanged(output, earlier.get("settings", {}), settings)
-    sizes = {name: _size(percent, len(coco["images"]), json_file) for name, percent in percents.items()}
+    sizes = split_sizes(percents, len(coco["images"]), json_file)
 
     def write(folder: Path) -> dict:
         order = image_order(coco, seed, stratified)
@@ -177,6 +179,11 @@ def _objects_per_class(coco: Mapping[str, Any], images: Sequence[Mapping[str, An
     return objects
 
 
+def split_sizes(percents: Mapping[str, Decimal], number: int, json_file: Path) -> dict[str, int]:
+    """Images of each fraction of ``number`` images; InputError where that is none."""
+    return {name: _size(percent, number, json_file) for name, percent in percents.items()}
+
+
 def _size(percent: Decimal, number: int, json_file: Path) -> int:
     size = int((percent * number / 100).quantize(Decimal(1), ROUND_HALF_UP))
     if size < 1:
@@ -215,47 +222,13 @@ def _count(coco: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_coco(path: Path) -> dict[str, Any]:
-    """A COCO file of which all that is needed here is sound; boxes are checked when training begins."""
-    if not path.is_file():
-        raise InputError(f"COCO JSON {path} does not exist.")
-    coco = read_json(path)
-    for key in ("images", "categories", "annotations"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
-            raise InputError(f"{path} is not a COCO file of labels: it has no list of {key!r}.")
-    if not coco["images"]:
-        raise InputError(f"{path} has no images: there is nothing to split.")
-    for key, field, types in _UNIQUE:
-        _check_unique(path, coco[key], key, field, types)
-    # Two spellings of one file would be one image too many in a list.
-    check_distinct([os.path.normpath(image["file_name"]) for image in coco["images"]], str(path))
-    images, categories = ({entry["id"] for entry in coco[key]} for key in ("images", "categories"))
-    for annotation in coco["annotations"]:
-        for field, known in (("image_id", images), ("category_id", categories)):
-            value = annotation.get(field)
-            if not isinstance(value, (int, str)) or value not in known:
-                raise InputError(
-                    f"{path}, annotation {annotation['id']}: its {field} {value!r} is none of the file's."
-                )
+def read_labels(path: str | os.PathLike) -> dict[str, Any]:
+    """A COCO file of labels to split, see :func:`selftrain_d2.data.coco_file.read_coco`.
+
+    Raises:
+        InputError: it cannot be used, or has no list of annotations.
+    """
+    coco = read_coco(path).content
+    if "annotations" not in coco:
+        raise InputError(f"{path} is not a COCO file of labels: it has no 'annotations'.")
     return coco
-
-
-# What must be there and differ in all entries of a list.
-_UNIQUE = (
-    ("images", "id", (int, str)),
-    ("images", "file_name", str),
-    ("categories", "id", int),
-    ("categories", "name", str),
-    ("annotations", "id", int),
-)
-
-
-def _check_unique(path: Path, entries: Sequence[Any], key: str, field: str, types: Any) -> None:
-    seen = set()
-    for number, entry in enumerate(entries):
-        value = entry.get(field) if isinstance(entry, dict) else None
-        if not isinstance(value, types):
-            raise InputError(f"{path}, entry {number} of {key!r}: {field!r} is missing or of the wrong kind.")
-        if value in seen:
-            raise InputError(f"{path} has two {key} of the same {field}: {value!r}.")
-        seen.add(value)

@@ -29,6 +29,7 @@ from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
+from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held, on_main_process
 from selftrain_d2.engine.stage import with_stage
@@ -239,6 +240,7 @@ def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool)
         if comm.is_main_process() and not checkpoints_in(cfg.OUTPUT_DIR):  # that of a training run stays
             _write_config(cfg)
         check_test_sets(cfg)
+        check_evaluation(cfg)
         model = SelfTrainingTrainer.build_model(cfg)
         require_complete(load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe), cfg.MODEL.WEIGHTS)
         results = SelfTrainingTrainer.test(cfg, model)

@@ -11,17 +11,19 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from selftrain_d2.data.classification import classification_classes
+from selftrain_d2.data.coco_datasets import reading_coco
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.random_state import stage_seed
+from selftrain_d2.engine.coco_evaluation import RepairedCOCOEvaluator, check_evaluation
 from selftrain_d2.engine.config_values import is_segmentor, one_line
 from selftrain_d2.engine.gradient_check import GradientCheck
 from selftrain_d2.engine.label_monitor import LabelMonitor
@@ -101,6 +103,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         check_number_of_classes(cfg)
         if cfg.DATASETS.TEST:  # a mistake is told now, not after training
             check_test_sets(cfg)
+            check_evaluation(cfg)
             check_classes(cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST, "evaluation")
         # The CPU's backend takes no device.
         devices = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
@@ -233,9 +236,10 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        return build_detection_test_loader(
-            cfg, dataset_name, mapper=SelfTrainingDatasetMapper(cfg, is_train=False)
-        )
+        with reading_coco([dataset_name]):
+            return build_detection_test_loader(
+                cfg, dataset_name, mapper=SelfTrainingDatasetMapper(cfg, is_train=False)
+            )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -245,7 +249,9 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == "sem_seg":
             # detectron2's own function to read masks fails with numpy 2
             return SemSegEvaluator(dataset_name, output_dir=folder, sem_seg_loading_fn=read_label_map)
-        return COCOEvaluator(dataset_name, output_dir=folder)
+        return RepairedCOCOEvaluator(
+            dataset_name, folder, masks=cfg.MODEL.MASK_ON, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS
+        )
 
 
 def build_loss_normalizer(cfg: CfgNode) -> LossNormalizer:

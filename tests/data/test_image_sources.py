@@ -214,10 +214,13 @@ def test_coco_json_without_annotations(photos, tmp_path):
         ("{", "not valid JSON"),
         ("[]", "not a COCO file"),
         ('{"images": 3}', "not a COCO file"),
-        ('{"images": [{"id": 1}]}', "not a COCO file"),
-        ('{"images": [{"file_name": 7}]}', "not a COCO file"),
-        ('{"images": []}', "names no image"),
-        ('{"images": [{"file_name": "b.jpg"}, {"file_name": "./b.jpg"}]}', r"names b\.jpg twice"),
+        ('{"images": [{"id": 1}]}', r"images\[0\]: its 'file_name' is null"),
+        ('{"images": [{"file_name": 7}]}', r"images\[0\]: its 'file_name' is 7: it must be a text"),
+        ('{"images": []}', "has no 'images'"),
+        (
+            '{"images": [{"file_name": "b.jpg"}, {"file_name": "./b.jpg"}]}',
+            r"two images of the same file_name: 'b\.jpg'",
+        ),
         ('{"images": [{"file_name": "lost.jpg"}]}', "check the image root"),
     ],
 )

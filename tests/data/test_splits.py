@@ -298,17 +298,19 @@ _LABELS = make_coco(5)["annotations"]
     [
         (None, "does not exist"),
         ("{'images'", "not valid JSON"),
-        ([], "no list of 'images'"),
-        (_broken(annotations=None), "no list of 'annotations'"),
-        (_broken(images=[]), "has no images"),
-        (_broken(images=[1]), "entry 0 of 'images'"),
-        (_broken(images=[{"id": 1}]), "'file_name' is missing"),
+        ([], r"top level is \[\]"),
+        (_broken(annotations=None), "has no 'annotations'"),
+        (_broken(images=[]), "has no 'images'"),
+        (_broken(images=[1]), r"images\[0\]: its 'id' is null"),
+        (_broken(images=[{"id": 1}]), r"images\[0\]: its 'file_name' is null: it must be a text"),
         (_broken(images=[*_IMAGES, _IMAGES[0]]), "two images of the same id"),
         (_broken(images=[*_IMAGES, {**_IMAGES[0], "id": 1}]), "two images of the same file_name"),
-        (_broken(annotations=[{**_LABELS[0], "image_id": 999}]), "image_id 999 is none of"),
-        (_broken(annotations=[{**_LABELS[0], "category_id": [1]}]), r"category_id \[1\] is none of"),
-        (_broken(annotations=[_LABELS[0], _LABELS[0]]), "two annotations of the same id"),
-        (_broken(annotations=[{"image_id": 1}]), "entry 0 of 'annotations': 'id'"),
+        (_broken(annotations=[{**_LABELS[0], "image_id": 999}]), "'image_id' is 999, but no image"),
+        (
+            _broken(annotations=[{**_LABELS[0], "category_id": [1]}]),
+            r"'category_id' is \[1\], but no category",
+        ),
+        (_broken(annotations=[{"image_id": 1}]), r"annotations\[0\] \(image_id 1\): its 'image_id'"),
     ],
 )
 def test_a_faulty_source_is_named(tmp_path, content, message):

@@ -174,9 +174,6 @@ class _Rows:
     def __init__(self, json_file: str, coco: dict[str, Any], class_names: Sequence[str]):
         self.json_file = json_file
         self.images = coco["images"]
-        repeated = len(self.images) - len({image["file_name"] for image in self.images})
-        if repeated:
-            raise InputError(f"{json_file} names {repeated} image files more than once: name each once.")
         unknown = [c["name"] for c in coco["categories"] if c["name"] not in class_names]
         if unknown:
             raise InputError(

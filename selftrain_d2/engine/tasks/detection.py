@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from selftrain_d2.data.datasets import check_coco_json, check_same_classes, coco_class_names, list_images
+from selftrain_d2.data.datasets import check_same_classes, list_images, read_human_coco
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
@@ -51,10 +51,10 @@ class Detection(Task):
                 f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which makes no boxes: pass "
                 "--task segmentation, or the config of a detector."
             )
-        labeled = check_coco_json(self.labeled_json, self.labeled_images)
-        if not labeled.get("annotations"):
-            raise InputError(f"{self.labeled_json} has no annotations: the teacher needs labeled images.")
-        classes = coco_class_names(labeled)
+        masks = cfg.MODEL.MASK_ON
+        labeled = read_human_coco(self.labeled_json, self.labeled_images, masks=masks)
+        labeled.check_objects()
+        classes = labeled.class_names
         list_images(self.unlabeled_images)
         if (self.validation_json is None) != (self.validation_images is None):
             raise InputError("--val-json and --val-images belong together: give both or neither.")
@@ -63,7 +63,7 @@ class Detection(Task):
             (self.unlabeled_truth_json, self.unlabeled_images),
         ):
             if json_file is not None:
-                names = coco_class_names(check_coco_json(json_file, images))
+                names = read_human_coco(json_file, images, masks=masks).class_names
                 check_same_classes(classes, names, json_file, self.labeled_json)
         return classes
 
