@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change one of the file's values"
     )
-    parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="run failed cells again, also with a corrected command"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the commands and an estimate of hours, run nothing"
     )

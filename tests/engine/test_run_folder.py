@@ -73,6 +73,13 @@ def test_a_folder_of_a_run_is_kept_and_resumed_as_asked(command, tmp_path, capsy
         capsys,
         "is of another model than this config's",
     )
+    # detectron2 gives parameters of equal options one group: norm layers and the others here.
+    assert_refused(
+        command("SOLVER.MAX_ITER", "3", "SOLVER.WEIGHT_DECAY_NORM", "0.0001", options=["--resume"]),
+        capsys,
+        "The optimizer of the checkpoint in",
+        "give the SOLVER keys that the run was begun with",
+    )
     lock = FolderLock(output)
     assert_refused(command(options=["--resume"]), capsys, f"is being written by process {os.getpid()}")
     lock.close()

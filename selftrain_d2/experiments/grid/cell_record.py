@@ -51,8 +51,9 @@ def check_record(record: Mapping[str, Any] | None, cell: Cell, folder: str | os.
         return
     pairs = itertools.zip_longest(record["command"], cell.command, fillvalue="nothing")
     before, now = next(pair for pair in pairs if pair[0] != pair[1])
+    correct = "run the corrected command with --retry-failed, " if record["status"] == FAILED else ""
     raise InputError(
-        f"{folder} was begun with another command: {before!r} there, {now!r} now; choose another --output, or "
+        f"{folder} was begun with another command: {before!r} there, {now!r} now; {correct}choose another --output, or "
         "delete that folder to start the cell anew."
     )
 

@@ -96,7 +96,7 @@ def read_state(grid: Grid, root: Path, cells: Sequence[Cell], *, retry_failed: b
 
     Args:
         cells: those to run; each after those that it needs.
-        retry_failed: failed cells are to run again.
+        retry_failed: failed cells are to run again, also with other commands than before.
 
     Raises:
         InputError: a cell was begun with another command, or is older than one that it was made from.
@@ -104,7 +104,9 @@ def read_state(grid: Grid, root: Path, cells: Sequence[Cell], *, retry_failed: b
     records = {}
     for cell in grid.cells:
         record = read_record(root / cell.id)
-        check_record(record, cell, root / cell.id)
+        # A failed cell's command may be corrected: what it made is kept, and whether it fits is the command's business.
+        if not (retry_failed and record is not None and record["status"] == FAILED):
+            check_record(record, cell, root / cell.id)
         if record is not None:
             records[cell.id] = record
     state = State(records, [], {})

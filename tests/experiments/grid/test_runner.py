@@ -233,6 +233,23 @@ def test_failures_are_kept_and_not_tried_again(desk, capsys):
     assert len(desk.starts()) == 5
 
 
+def test_a_failed_cell_goes_on_with_a_corrected_command(desk, capsys):
+    steps = {"teacher": {"command": "{output} pid exit:2"}}
+    desk.write(steps)
+    assert desk.run() == 1
+    (desk.output / "teacher" / "all" / "output" / "model_0000099.pth").write_text("hours of work")
+    desk.write({"teacher": {"command": "{output} ap:7"}})
+    assert desk.run() == 2
+    assert "'pid' there, 'ap:7' now; run the corrected command with --retry-failed" in capsys.readouterr().err
+    assert desk.run("--retry-failed") == 0
+    record = desk.record("teacher/all")
+    assert record["command"] == ["{DIR}/teacher/all/output", "ap:7"] and record["metrics"] == {"bbox/AP": 7.0}
+    assert (desk.output / "teacher" / "all" / "output" / "model_0000099.pth").exists()
+    # A finished cell is what its command made.
+    desk.write(steps)
+    assert desk.run("--retry-failed") == 2
+
+
 def test_killed_cells_are_interrupted_and_go_on(desk, capsys):
     steps = {
         "teacher": {"axes": ["name"], "command": "{output} unless:later signal:{name} ap:7"},
