@@ -99,7 +99,7 @@ def mpo(image, orientation):
     return saved(image, "MPO", save_all=True, append_images=[image], exif=exif(orientation))
 
 
-# Where a file says how it is to be turned -> its modes, and how it is written.
+# Format, and where a file of it says how it is to be turned -> its modes, and how it is written.
 COLOUR, GREY = ("RGB", "RGBA", "P"), ("L", "1", "LA", "I;16")
 PLACES = {
     "jpg exif": (("RGB", "L", "CMYK"), lambda i, o: saved(i, "JPEG", exif=exif(o))),
@@ -118,6 +118,7 @@ PLACES = {
         ("RGB", "L"),
         lambda i, o: saved(i, "TIFF", exif=exif(o), save_all=True, append_images=[i]),
     ),
+    "tif xmp": (("RGB", "L"), lambda i, o: saved(i, "TIFF", tiffinfo={700: xmp(o).encode()})),
     "webp exif": (("RGB", "RGBA"), lambda i, o: saved(i, "WEBP", exif=exif(o), lossless=True)),
     "webp xmp": (("RGB",), lambda i, o: saved(i, "WEBP", xmp=xmp(o).encode(), lossless=True)),
     "avif exif": (("RGB", "RGBA"), lambda i, o: saved(i, "AVIF", exif=exif(o))),
@@ -140,17 +141,15 @@ def in_mode(mode):
     return image, np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "orientation"), [(p, o) for p in PLACES for o in STORED if " " in p or o == 1]
+)
 def test_upright_and_of_the_size_of_the_header(tmp_path, place, orientation):
     modes, write = PLACES[place]
     if place.startswith("avif") and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    if place in ("jpg xmp", "webp xmp") and PILLOW < 11:
-        pytest.skip("this Pillow knows no XMP in JPEG and WebP")
-    states_orientation = " " in place
-    if not states_orientation and orientation > 1:
-        return
+    if place in ("jpg xmp", "tif xmp", "webp xmp") and PILLOW < 11:
+        pytest.skip("this Pillow knows no XMP in JPEG, TIFF and WebP")
     path = tmp_path / f"a.{place.split()[0]}"
     for mode in modes:
         image, expected = in_mode(mode)
