@@ -176,5 +176,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # numbers anew. 0: a teacher; n: the student, and its control, of round n. -1: one more than the stage that the
     # run's weights (MODEL.WEIGHTS) and pseudo labels come from, 0 where they come from none.
     cfg.SELFTRAIN.STAGE = -1
+    # Weights to start from name the classes that they know, if our trainer wrote them. False: as many other classes, or
+    # the same in another order, are refused. True: what depends on classes then starts anew, as it always does where
+    # their number differs.
+    cfg.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES = False
     # KEY, VALUE, KEY, VALUE, ... merged into the config for the student's training alone, e.g. its schedule.
     cfg.SELFTRAIN.STUDENT = ()

@@ -33,7 +33,7 @@ from selftrain_d2.engine.launch import (
 )
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.run_folder import check_run_folder
-from selftrain_d2.engine.trainer import check_test_sets
+from selftrain_d2.engine.trainer import check_number_of_classes, check_test_sets
 from selftrain_d2.errors import InputError
 
 
@@ -116,6 +116,8 @@ def plan(args: argparse.Namespace) -> Plan:
     with registered(plan.datasets(_datasets(args, cfg))):
         if args.eval_only:
             check_test_sets(cfg)
+            for name in set(cfg.DATASETS.TEST).difference(plan.unread):
+                check_number_of_classes(cfg, name)
             plan.model(cfg, build_without_memory(cfg))
         else:
             plan.model(cfg, check_training(cfg, args.num_gpus * args.num_machines, plan.unread))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +199,37 @@ def class_names(name: str) -> list[str] | None:
 def check_same_classes(
     expected: Sequence[str], found: Sequence[str], where: str, reference: str, advice: str = ""
 ) -> None:
-    """Raise InputError unless two datasets have the same classes in the same order.
+    """Raise InputError unless two datasets (or models) have the same classes in the same order.
 
     Args:
         expected, found: class names by contiguous id.
         where, reference: what has ``found`` and ``expected``, for the message.
         advice: what to do where the names are the same and their order is not, for the message.
     """
-    if list(expected) != list(found):
+    difference = difference_of_classes(expected, found)
+    if difference:
         advice = f"; {advice}" if advice and sorted(expected) == sorted(found) else ""
-        raise InputError(
-            f"{where} has other classes than {reference}: {_shortened(found)} against {_shortened(expected)}{advice}."
+        raise InputError(f"{where} has other classes than {reference}: {difference}{advice}.")
+
+
+def difference_of_classes(expected: Sequence[str], found: Sequence[str]) -> str | None:
+    """What differs between two lists of class names by contiguous id, for the middle of a sentence; None if nothing."""
+    if list(expected) == list(found):
+        return None
+    lacks, more = (
+        [n for n in one if n not in other] for one, other in ((expected, found), (found, expected))
+    )
+    if lacks or more:
+        parts = [
+            f"{word} {', '.join(names[:5])}" for word, names in (("lacking", lacks), ("with", more)) if names
+        ]
+        differing = " and ".join(parts)
+    else:
+        place, one, other = next((i, a, b) for i, (a, b) in enumerate(zip_longest(found, expected)) if a != b)
+        differing = (
+            f"the same in another order, the first that differs is number {place}, {one!r} for {other!r}"
         )
+    return f"{_shortened(found)} against {_shortened(expected)}, {differing}"
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -11,6 +11,18 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from selftrain_d2.data.loader import SAMPLERS
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.classes import is_segmentor
+
+__all__ = [
+    "LR_SCHEDULERS",
+    "RULES",
+    "Rule",
+    "check_values",
+    "is_segmentor",
+    "merge_options",
+    "one_line",
+    "value_of",
+]
 
 #: Those of ``detectron2.solver.build_lr_scheduler``.
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
@@ -128,8 +140,3 @@ def one_line(error: Exception) -> str:
     """An exception's text for the middle of a sentence."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()).rstrip(".")
-
-
-def is_segmentor(cfg: CfgNode) -> bool:
-    """Whether a config's model labels pixels alone."""
-    return "Segmentor" in cfg.MODEL.META_ARCHITECTURE

@@ -34,7 +34,7 @@ from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held, on_main_process
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
-from selftrain_d2.engine.trainer import SelfTrainingTrainer, check_test_sets
+from selftrain_d2.engine.trainer import SelfTrainingTrainer, check_evaluated_classes, check_test_sets
 from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
 from selftrain_d2.modeling.checkpoint import checkpoints_in, load_weights, require_complete
@@ -242,7 +242,9 @@ def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool)
         check_test_sets(cfg)
         check_evaluation(cfg)
         model = SelfTrainingTrainer.build_model(cfg)
-        require_complete(load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe), cfg.MODEL.WEIGHTS)
+        report = load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe)
+        require_complete(report, cfg.MODEL.WEIGHTS)
+        check_evaluated_classes(cfg, report.classes)
         results = SelfTrainingTrainer.test(cfg, model)
         for name, tasks in results_by_set(results if comm.is_main_process() else {}).items():
             for task, metrics in tasks.items():

@@ -64,6 +64,7 @@ _KEYS_WITHOUT_EFFECT = (
     "SELFTRAIN.MAX_BOXES_RATIO",
     "SELFTRAIN.STUDENT_WEIGHTS",  # by their hash as well
     "SELFTRAIN.STAGE",  # the loop's own
+    "SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES",  # which weights were let pass
     "VERSION",
 )
 

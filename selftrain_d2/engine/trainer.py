@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from torch import nn
 from torch.utils.data import DataLoader
 
 from selftrain_d2.data.classification import classification_classes
 from selftrain_d2.data.coco_datasets import reading_coco
-from selftrain_d2.data.datasets import class_names
+from selftrain_d2.data.datasets import check_same_classes, class_names, difference_of_classes
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
@@ -37,11 +40,15 @@ from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
+    LoadReport,
     SafeDetectionCheckpointer,
     check_input_statistics,
     require_same_model,
 )
+from selftrain_d2.modeling.classes import number_of_classes, tensors_of_classes, tensors_of_image_classes
 from selftrain_d2.modeling.meta_arch import add_classification_head
+
+logger = logging.getLogger(__name__)
 
 #: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
 WEIGHT_AVERAGE = os.path.join(WEIGHT_AVERAGE_FOLDER, "model_final.pth")
@@ -73,6 +80,57 @@ class Stage(CheckpointFacts):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Classifiers:
+    """The parts of a model that depend on classes, before weights to start from are loaded.
+
+    Tensors of as many other classes fit, and would be taken for those of this run's classes.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module, facts: Mapping[str, CheckpointFacts]):
+        """
+        Args:
+            cfg: SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES is looked at.
+            model: as it was built.
+            facts: of the run, which its checkpoints carry.
+        """
+        self.cfg, self.model = cfg, model
+        self.known = {
+            "classes": facts["classes"].facts["thing_classes"],
+            "image_classes": facts["classification"].facts["classification_classes"],
+        }
+        self.initial: dict[str, dict[str, torch.Tensor]] = {}
+        if cfg.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES:
+            state = model.state_dict()
+            for kind, names in (
+                ("classes", tensors_of_classes(cfg, model)),
+                ("image_classes", tensors_of_image_classes(model)),
+            ):
+                self.initial[kind] = {name: state[name].clone() for name in names}
+
+    def compare(self, report: LoadReport) -> None:
+        """Compare the classes of the weights that were loaded; where they are others, start these parts anew.
+
+        Raises:
+            InputError: as many other classes, or the same in another order, without
+                SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES.
+        """
+        for kind, expected in self.known.items():
+            found = getattr(report, kind)
+            difference = difference_of_classes(expected, found) if expected and found else None
+            if difference is None:
+                continue
+            weights, what = self.cfg.MODEL.WEIGHTS, kind.replace("_", " ")
+            sentence = f"Weights {weights} know other {what} than the data: {difference}"
+            # Those of another number of classes were not taken: their shapes differ.
+            if len(found) == len(expected) and not self.initial:
+                raise InputError(
+                    f"{sentence}; order the data's as the weights', or set SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES True to "
+                    "start what depends on classes anew."
+                )
+            self.model.load_state_dict(self.initial.get(kind, {}), strict=False)
+            logger.info(f"{sentence}; what depends on them starts anew.")
 
 
 class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
@@ -149,9 +207,11 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         The optimizer goes on with the config's SOLVER.BASE_LR, WEIGHT_DECAY and MOMENTUM, not with the checkpoint's.
 
         Raises:
-            InputError: the checkpoint to resume from is of another model, or of a step after SOLVER.MAX_ITER.
+            InputError: the checkpoint to resume from is of another model, or of a step after SOLVER.MAX_ITER; weights
+                to start from are of other classes, see :class:`Classifiers`.
         """
         options = optimizer_options(self.optimizer)
+        classifiers = Classifiers(self.cfg, self.checkpointer.model, self._facts)
         super().resume_or_load(resume)
         if self.start_iter > self.max_iter:
             raise InputError(
@@ -162,6 +222,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
             set_optimizer_options(self.optimizer, self.scheduler, options)
         if self.checkpointer.report is not None and not self.start_iter:
             check_input_statistics(self.checkpointer.report.input, self.cfg)
+            classifiers.compare(self.checkpointer.report)
         self.data_loader.batch_sampler.first_batch = self.start_iter
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -314,9 +375,32 @@ def check_test_sets(cfg: CfgNode) -> None:
         )
 
 
-def check_number_of_classes(cfg: CfgNode) -> None:
-    """Raise InputError unless the model has as many classes as the data, of boxes or of pixels as it learns."""
-    name, architecture = cfg.DATASETS.TRAIN[0], cfg.MODEL.META_ARCHITECTURE
+def check_evaluated_classes(cfg: CfgNode, known: Sequence[str] | None) -> None:
+    """Compare the classes of a trained model with those of DATASETS.TEST.
+
+    Args:
+        known: the model's, by id; None if its weights do not say. Then only their number is compared.
+
+    Raises:
+        InputError: they differ, or stand in another order.
+    """
+    for name in cfg.DATASETS.TEST:
+        if class_names(name) is None:
+            DatasetCatalog.get(name)  # register_coco_instances tells the classes when it reads them
+        check_number_of_classes(cfg, name)
+        if known and (found := class_names(name)):
+            check_same_classes(
+                known, found, f"The evaluation dataset {name!r}", f"the weights {cfg.MODEL.WEIGHTS}"
+            )
+
+
+def check_number_of_classes(cfg: CfgNode, name: str | None = None) -> None:
+    """Raise InputError unless the model has as many classes as the data, of boxes or of pixels as it learns.
+
+    Args:
+        name: of the dataset; by default the first of DATASETS.TRAIN.
+    """
+    name, architecture = name or cfg.DATASETS.TRAIN[0], cfg.MODEL.META_ARCHITECTURE
     if class_names(name) is None:
         return
     of_pixels = is_segmentor(cfg)
@@ -325,13 +409,8 @@ def check_number_of_classes(cfg: CfgNode) -> None:
         learned, there = ("masks of pixels", "boxes") if of_pixels else ("boxes", "masks of pixels")
         raise InputError(
             f"{architecture} learns {learned}, but {name!r} has {there}: choose another MODEL.META_ARCHITECTURE or "
-            "DATASETS.TRAIN."
+            "dataset."
         )
-    if of_pixels:
-        key, number = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    elif "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
-        key, number = "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
-    else:
-        key, number = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    key, number = number_of_classes(cfg) or ("", len(classes))
     if number != len(classes):
         raise InputError(f"{key} is {number}, but {name!r} has {len(classes)} classes: {classes}.")

@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from selftrain_d2.data.augmentation import set_test_size
-from selftrain_d2.data.datasets import class_names
+from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.image_sources import absolute_root, check_distinct
 from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
 from selftrain_d2.data.pseudo_labels.shards import BOXES
@@ -29,6 +29,7 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, file_sha256, require_complete
+from selftrain_d2.modeling.classes import number_of_classes, stored_classes
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ def generate_pseudo_labels(
             later, when the labels are loaded.
         batch_size: images per forward pass. Images of different shapes never share one: padding would
             change their scores.
-        thing_classes: class names by contiguous id. By default those in the checkpoint, else those of
-            DATASETS.TRAIN.
+        thing_classes: class names by contiguous id, for weights that do not carry them; where these do, they must be
+            the same. By default those in the checkpoint, else those of DATASETS.TRAIN.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
 
     Returns:
@@ -203,17 +204,25 @@ def check_labeling(cfg: CfgNode, score_floor: float, batch_size: int) -> None:
 
 
 def _class_names(cfg: CfgNode, given: Sequence[str] | None, checkpoint: dict[str, Any]) -> list[str]:
-    known = checkpoint.get("classes", {}).get("thing_classes")
-    if given and known and len(given) != len(known):
-        raise InputError(
-            f"--classes has {len(given)} names, but {cfg.MODEL.WEIGHTS} knows {len(known)} classes: {known}."
-        )
-    names = given or known
-    if not names and cfg.DATASETS.TRAIN:
-        names = class_names(cfg.DATASETS.TRAIN[0])
+    """Those that the weights carry, else those given, else those of DATASETS.TRAIN."""
+    known = stored_classes(checkpoint, "classes", "thing_classes")
+    if given:
+        check_distinct(given, "--classes")
+        if known:
+            check_same_classes(known, given, "--classes", f"the teacher {cfg.MODEL.WEIGHTS}")
+    names, source = given, "--classes"
+    if not names and not known and cfg.DATASETS.TRAIN:
+        names, source = class_names(cfg.DATASETS.TRAIN[0]), f"DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}"
+    names = known or names
     if not names:
         raise InputError(
             f"{cfg.MODEL.WEIGHTS} does not say what classes it knows: give their names with --classes, "
             "in the order of training."
+        )
+    key, number = number_of_classes(cfg) or ("", len(names))
+    if not known and len(names) != number:
+        raise InputError(
+            f"{source} has {len(names)} classes, but {key} is {number}: give the names of the teacher's classes with "
+            "--classes, in the order of training."
         )
     return list(names)

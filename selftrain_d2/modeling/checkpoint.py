@@ -21,6 +21,7 @@ from selftrain_d2.files import write_text
 from selftrain_d2.modeling.backbone.bottom_up import bottom_up_name
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
 from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
+from selftrain_d2.modeling.classes import stored_classes
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
 
 __all__ = [
@@ -51,6 +52,8 @@ class LoadReport:
         unexpected: tensors of the file that the model has no use for.
         incorrect_shapes: (name, shape in the file, shape in the model); also in ``missing``.
         input: input statistics that came with the file (see :func:`check_input_statistics`), or None.
+        classes, image_classes: names of the classes that came with the file, of boxes (or pixels) and of the head for
+            joint training, each by id; or None.
     """
 
     matched: list[str]
@@ -58,6 +61,8 @@ class LoadReport:
     unexpected: list[str]
     incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     input: dict[str, Any] | None = None
+    classes: list[str] | None = None
+    image_classes: list[str] | None = None
 
 
 class SafeDetectionCheckpointer(DetectionCheckpointer):
@@ -190,6 +195,8 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             unexpected=list(incompatible.unexpected_keys),
             incorrect_shapes=list(incompatible.incorrect_shapes),
             input=checkpoint.get("input"),
+            classes=stored_classes(checkpoint, "classes", "thing_classes"),
+            image_classes=stored_classes(checkpoint, "classification", "classification_classes"),
         )
         _require_fit(self.model, self.report, self._path)
         return incompatible

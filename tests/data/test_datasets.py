@@ -12,6 +12,7 @@ from selftrain_d2 import InputError, register_image_folder
 from selftrain_d2.data.datasets import (
     check_coco_json,
     check_same_classes,
+    difference_of_classes,
     list_images,
     load_image_folder,
     read_image_size,
@@ -164,6 +165,21 @@ def test_classes_must_agree():
         InputError, match=r"x has other classes than y: \[b, a\] \(2\) against \[a, b\] \(2\)"
     ):
         check_same_classes(["a", "b"], ["b", "a"], "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "ending"),
+    [
+        ("abc", "acb", "the same in another order, the first that differs is number 1, 'c' for 'b'"),
+        ("abc", "abd", "lacking c and with d"),
+        ("abcdefgh", "abcdefg", "lacking h"),  # the lists themselves show but the first five
+        ("a", "abc", "with b, c"),
+        ("ab", "aba", "the same in another order, the first that differs is number 2, 'a' for None"),
+    ],
+)
+def test_what_differs_between_classes_is_said(expected, found, ending):
+    difference = difference_of_classes(list(expected), list(found))
+    assert difference.startswith(f"[{', '.join(found[:5])}") and difference.endswith(f", {ending}")
 
 
 def test_images_are_readable_by_detectron2_whatever_their_mode(tmp_path):

@@ -9,15 +9,17 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from detectron2.config import get_cfg
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from selftrain_d2 import add_selftrain_config
+from selftrain_d2 import InputError, add_selftrain_config
 from selftrain_d2.cli import main
 from selftrain_d2.cli.common import find_config
+from selftrain_d2.engine.launch import evaluate
 from selftrain_d2.engine.summary import to_markdown
 from selftrain_d2.experiments.grid.cell_record import collect_results
 
@@ -199,3 +201,54 @@ def test_a_summary_has_a_row_for_each_test_set():
         "| road | 10.0 | 10.0 | - |",
     ):
         assert row in page.splitlines()
+
+
+# ---- classes of the weights ----
+@pytest.mark.parametrize(
+    ("classes", "options", "fragments"),
+    [
+        (
+            ["green", "red"],
+            [],
+            ["evaluation dataset 'oslo' has other classes than the weights", "in another order"],
+        ),
+        (["red", "blue"], [], ["'oslo'", "lacking blue and with green"]),
+        (
+            None,
+            ["MODEL.RETINANET.NUM_CLASSES", "3"],
+            ["MODEL.RETINANET.NUM_CLASSES is 3", "'oslo' has 2 classes"],
+        ),
+        (["red", "green"], [], None),
+        (None, [], None),
+    ],
+)
+def test_weights_are_evaluated_on_the_classes_that_they_know(
+    cities, tmp_path, capsys, classes, options, fragments
+):
+    weights = tmp_path / "w.pth"
+    _random_weights(DETECTOR, [*SMALL_MODEL, *options], weights)
+    if classes is not None:
+        torch.save({**torch.load(weights), "classes": {"thing_classes": classes}}, weights)
+    keys = [*options, "DATASETS.TEST", "('oslo',)", "MODEL.WEIGHTS", str(weights)]
+    command = [*cities[:3], "--eval-only", *cities[3:], *keys]
+    if fragments is None:
+        assert main(command) == 0
+    else:
+        assert_refused(command, capsys, *fragments)
+
+
+def test_classes_that_are_known_once_a_dataset_is_read(small_config, cities, tmp_path):
+    """Those of detectron2's register_coco_instances."""
+    cfg, weights = small_config, tmp_path / "w.pth"
+    _random_weights(DETECTOR, SMALL_MODEL, weights)
+    torch.save({**torch.load(weights), "classes": {"thing_classes": ["green", "red"]}}, weights)
+    register_coco_instances(
+        "read_later", {}, str(tmp_path / "oslo/labels.json"), str(tmp_path / "oslo/images")
+    )
+    cfg.DATASETS.TEST, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = (
+        ("read_later",),
+        str(weights),
+        str(tmp_path / "output"),
+    )
+    with pytest.raises(InputError, match="'read_later' has other classes than the weights"):
+        evaluate(cfg)

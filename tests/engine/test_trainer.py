@@ -2,10 +2,14 @@ import json
 
 import pytest
 import torch
+from conftest import make_class_folders
 from detectron2.engine import AMPTrainer, HookBase
+from detectron2.modeling import build_model
 
 from selftrain_d2 import InputError, LossNormalizer, SelfTrainingTrainer
+from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
+from selftrain_d2.modeling.meta_arch import add_classification_head
 
 
 def _trained(cfg, resume=False):
@@ -125,3 +129,73 @@ def test_weights_of_another_normalization_are_warned_about(student_config, tmp_p
         cfg.INPUT.FORMAT = "BGR"
         SelfTrainingTrainer(cfg).resume_or_load(resume=False)
         assert "INPUT.FORMAT RGB" in caplog.text
+
+
+# ---- weights to start from, of other classes ----
+def _start(cfg, folder, number_of_classes=2, **facts):
+    """A trainer that starts from the weights of another one with these facts; and these weights, and its own first."""
+    other = cfg.clone()
+    other.MODEL.RETINANET.NUM_CLASSES = number_of_classes
+    torch.manual_seed(1)
+    model = build_model(other)
+    if "classification" in facts:
+        add_classification_head(model, len(facts["classification"]["classification_classes"]), 1.0)
+    weights = {name: value + 1 for name, value in model.state_dict().items()}
+    cfg.MODEL.WEIGHTS = str(folder / "weights.pth")
+    torch.save({"model": weights, **facts}, cfg.MODEL.WEIGHTS)
+    trainer = SelfTrainingTrainer(cfg)
+    first = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.resume_or_load(resume=False)
+    return trainer.model.state_dict(), weights, first
+
+
+def _anew(state, weights, first):
+    """Names of the tensors that kept their first values, though the weights have them; all others are the weights'."""
+    anew = {name for name, value in weights.items() if not torch.equal(state[name], value)}
+    assert all(torch.equal(state[name], first[name]) for name in anew)
+    return anew
+
+
+HEAD = {"head.cls_score.weight", "head.cls_score.bias"}
+
+
+@pytest.mark.parametrize("classes", [["green", "red"], ["cat", "dog"]])
+def test_weights_of_as_many_other_classes_are_refused_or_their_head_starts_anew(
+    student_config, tmp_path, classes
+):
+    facts = {"classes": {"thing_classes": classes}}
+    with pytest.raises(
+        InputError, match=rf"know other classes than the data: \[{classes[0]}, .*WEIGHTS_OF_OTHER"
+    ):
+        _start(student_config, tmp_path, **facts)
+    student_config.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES = True
+    assert _anew(*_start(student_config, tmp_path, **facts)) == HEAD
+
+
+def test_weights_of_another_number_of_classes_bring_all_but_the_head(student_config, tmp_path):
+    facts = {"classes": {"thing_classes": ["cat", "dog", "cow"]}}
+    assert _anew(*_start(student_config, tmp_path, 3, **facts)) == HEAD
+
+
+@pytest.mark.parametrize(
+    ("facts", "stated"),
+    [({}, True), ({"classes": {"thing_classes": ["red", "green"]}}, True), ({"classes": [1, 2]}, False)],
+)
+def test_weights_of_the_same_or_unknown_classes_are_taken_whole(student_config, tmp_path, facts, stated):
+    student_config.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES = stated
+    assert _anew(*_start(student_config, tmp_path, **facts)) == set()
+
+
+def test_the_head_for_joint_training_has_classes_too(student_config, tmp_path):
+    register_classification_folder("images", make_class_folders(tmp_path / "images"))
+    student_config.DATASETS.CLASSIFICATION_TRAIN, student_config.SOLVER.CLASSIFICATION_IMS_PER_BATCH = (
+        ("images",),
+        2,
+    )
+    same = {"classes": {"thing_classes": ["red", "green"]}}
+    facts = {**same, "classification": {"classification_classes": ["dark", "bright", "noise"]}}
+    with pytest.raises(InputError, match=r"know other image classes than the data: .*in another order"):
+        _start(student_config, tmp_path, **facts)
+    student_config.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES = True
+    anew = _anew(*_start(student_config, tmp_path, **facts))
+    assert anew and all(name.startswith("classification_head.") for name in anew)

@@ -6,6 +6,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from conftest import make_coco_set, small_rcnn_config
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
@@ -166,12 +167,50 @@ def test_classes_come_with_the_weights_or_must_be_given(teacher, photos, tmp_pat
 
 def test_a_config_of_other_classes_than_the_teacher_is_refused(teacher, photos, tmp_path):
     """The head would keep its initial values, and every image would be empty."""
-    with pytest.raises(InputError, match=r"--classes has 3 names.*knows 2 classes"):
+    with pytest.raises(InputError, match=r"--classes has other classes than .*\[a, b, c\] \(3\) against"):
         _generate(teacher, photos, tmp_path / "labels", thing_classes=["a", "b", "c"])
     teacher.MODEL.RETINANET.NUM_CLASSES = 3
     with pytest.raises(InputError, match=r"head\.cls_score.*NUM_CLASSES"):
         _generate(teacher, photos, tmp_path / "labels", thing_classes=["a", "b", "c"])
     assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize(
+    ("carried", "given", "message"),
+    [
+        (["red", "green"], ["green", "red"], "--classes has other classes than .*in another order"),
+        (
+            ["red", "green"],
+            ["red", "grass"],
+            "--classes has other classes than .*lacking green and with grass",
+        ),
+        (["red", "green"], ["red", "red"], "--classes names red twice"),
+        (None, ["red", "red"], "--classes names red twice"),
+        (None, ["red", "green", "blue"], r"--classes has 3 classes, but MODEL\.RETINANET\.NUM_CLASSES is 2"),
+        (None, None, "DATASETS.TRAIN 'one' has 1 classes, but MODEL.RETINANET.NUM_CLASSES is 2"),
+        (["red", "green"], ["red", "green"], None),
+        (["red", "green"], None, None),
+        (None, ["red", "green"], None),
+        ("another program's", ["red", "green"], None),
+    ],
+)
+def test_classes_given_must_be_those_that_the_teacher_knows(
+    teacher, photos, tmp_path, carried, given, message
+):
+    state = torch.load(teacher.MODEL.WEIGHTS)
+    state["classes"] = {"thing_classes": carried} if carried is None or isinstance(carried, list) else carried
+    torch.save(state, teacher.MODEL.WEIGHTS)
+    MetadataCatalog.get("one").thing_classes = ["red"]
+    teacher.DATASETS.TRAIN = ("one",)
+    arguments = (teacher, photos, ["001.png"], tmp_path / "labels")
+    if message is None:
+        manifest = generate_pseudo_labels(*arguments, thing_classes=given)
+        assert manifest["thing_classes"] == ["red", "green"]
+    else:
+        with pytest.raises(InputError, match=message):
+            generate_pseudo_labels(*arguments, thing_classes=given)
+        assert not (tmp_path / "labels").exists()
+    MetadataCatalog.remove("one")
 
 
 @pytest.mark.parametrize("arguments", [{"score_floor": 1.0}, {"score_floor": -0.1}, {"batch_size": 0}])

@@ -19,7 +19,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from selftrain_d2.data.datasets import check_coco_json, coco_class_names, read_image_size
-from selftrain_d2.data.image_sources import absolute_root
+from selftrain_d2.data.image_sources import absolute_root, check_distinct
 from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
@@ -149,6 +149,7 @@ def import_coco(
         json_file, image_root, allow_flat=False, mend_image=lambda image: _mend_image(image, image_root)
     )
     names = list(coco_class_names(coco) if thing_classes is None else thing_classes)
+    check_distinct(names, "--classes")
     identity = {
         "thing_classes": names,
         "imported_json_sha256": hashlib.sha256(Path(json_file).read_bytes()).hexdigest(),

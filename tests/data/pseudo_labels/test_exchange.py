@@ -345,6 +345,8 @@ def test_categories_are_told_by_name(tmp_path, photos, corrected):
     assert import_coco(file, photos, tmp_path / "own")["thing_classes"] == ["car", "dog", "tree"]
     with pytest.raises(InputError, match="category 'dog', which is not among"):
         import_coco(file, photos, tmp_path / "other", thing_classes=["car", "tree"])
+    with pytest.raises(InputError, match="--classes names tree twice"):
+        import_coco(file, photos, tmp_path / "other", thing_classes=["tree", *CLASSES, "tree"])
 
 
 def test_polygons_and_plain_run_lengths(tmp_path, photos, corrected):
