@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.views import build_merge, mirrored, view_augmentations, views
+from selftrain_d2.torch_flags import torch_flag
 
 #: Batches that may be under way at once, so that images of one shape find each other.
 LOOK_AHEAD = 8
@@ -68,7 +70,13 @@ class Network:
             image = sample["images"][scale].to(self.device, non_blocking=True)
             size = {"height": sample["height"], "width": sample["width"]} if at_file_size else {}
             inputs.append({"image": image.flip(-1) if flipped else image, **size})
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with contextlib.ExitStack() as stack:
+            if self.dtype == torch.float32:
+                # GPUs round the factors of convolutions to 10 bits (TensorFloat-32) unless told otherwise.
+                for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+                    stack.enter_context(torch_flag(backend, "allow_tf32", False))
+            else:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
             return self.model(inputs)
 
 

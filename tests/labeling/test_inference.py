@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from selftrain_d2 import InputError
 from selftrain_d2.data.image_sources import list_images
-from selftrain_d2.labeling.inference import LOOK_AHEAD, Teacher, label_in_order, read_ahead
+from selftrain_d2.labeling.inference import LOOK_AHEAD, Network, Teacher, label_in_order, read_ahead
+from selftrain_d2.torch_flags import torch_flag
 
 
 class _Recorder:
@@ -177,3 +178,21 @@ def test_a_teacher_without_boxes_is_refused(small_config):
 
     with pytest.raises(InputError, match="a Segmentor, which makes no boxes"):
         Teacher(small_config, Segmentor())(list(_samples([3])))
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("bfloat16", True)])
+def test_float32_is_not_tensor_float_32(small_config, precision, tf32):
+    flags = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    small_config.SELFTRAIN.LABEL_PRECISION = precision
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, inputs):
+            seen.extend(backend.allow_tf32 for backend in flags)
+            return []
+
+    sample = {"images": [torch.zeros(3, 8, 8, dtype=torch.uint8)], "height": 8, "width": 8}
+    with torch_flag(flags[0], "allow_tf32", True), torch_flag(flags[1], "allow_tf32", True):
+        Network(small_config, Model()).outputs([sample], 0, False, at_file_size=True)
+        assert all(backend.allow_tf32 for backend in flags)
+    assert seen == [tf32, tf32]
