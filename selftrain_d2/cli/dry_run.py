@@ -20,7 +20,7 @@ from selftrain_d2.data.datasets import register_dataset
 from selftrain_d2.data.loader import get_human_dicts
 from selftrain_d2.data.segmentation_datasets import VOC_NAME, voc_2012_places
 from selftrain_d2.engine.coco_evaluation import check_evaluation
-from selftrain_d2.engine.launch import DatasetSpec, Processes
+from selftrain_d2.engine.launch import DatasetSpec, Processes, check_processes
 
 Result = TypeVar("Result")
 
@@ -118,7 +118,8 @@ class Plan:
         start = weights or "random"
         self.say("weights", f"{start}, or the last checkpoint in the output folder" if resumed else start)
 
-    def processes(self, processes: Processes) -> None:
+    def processes(self, processes: Processes, device: str) -> None:
+        check_processes(processes, device)
         self.say("processes", processes.num_gpus * processes.num_machines)
 
     def __str__(self) -> str:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = setup_config(args)
     cfg.freeze()
     image_root, file_names = images_of(args)
-    run_in_processes(_label, processes_of(args), (cfg, image_root, file_names, args))
+    run_in_processes(_label, processes_of(args), (cfg, image_root, file_names, args), cfg.MODEL.DEVICE)
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -80,7 +80,7 @@ def plan(args: argparse.Namespace) -> Plan:
     plan.model(cfg, build_without_memory(cfg))
     plan.weights(cfg)
     plan.say("label", f"{' '.join(given)}{number}, with scores of at least {args.score_floor:g}")
-    plan.processes(processes_of(args))
+    plan.processes(processes_of(args), cfg.MODEL.DEVICE)
     plan.say("output", args.output)
     return plan
 

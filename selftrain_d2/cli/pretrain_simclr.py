@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> None:
     settings = SimCLRSettings(crop_size=size, **{name: getattr(args, name) for name in _HELP})
     image_root, file_names = images_of(args)
     run_in_processes(
-        _pretrain, processes_of(args), (cfg, image_root, file_names, args.output, settings, args.allow_unsafe)
+        _pretrain,
+        processes_of(args),
+        (cfg, image_root, file_names, args.output, settings, args.allow_unsafe),
+        cfg.MODEL.DEVICE,
     )
 
 

@@ -131,7 +131,7 @@ def plan(args: argparse.Namespace) -> Plan:
         plan.weights(cfg, resumed=args.resume)
         plan.catalog("evaluate on", cfg.DATASETS.TEST)
         plan.labels(cfg, training=not args.eval_only)
-        plan.processes(processes_of(args))
+        plan.processes(processes_of(args), cfg.MODEL.DEVICE)
         plan.say("output", cfg.OUTPUT_DIR)
     return plan
 

@@ -289,7 +289,10 @@ class _Loop:
         images = self.task.unlabeled_images
         logger.info(f"Labeling {images} with {cfg.MODEL.WEIGHTS}")
         run_in_processes(
-            _label, self.processes, (cfg, images, list_images(images), str(folder), self.score_floor)
+            _label,
+            self.processes,
+            (cfg, images, list_images(images), str(folder), self.score_floor),
+            cfg.MODEL.DEVICE,
         )
         counts = self.task.count(folder, self.cfg)
         if not counts:

@@ -28,6 +28,7 @@ from selftrain_d2.files import NO_ROOM, check_unchanged, is_empty, read_json, wr
 from selftrain_d2.modeling.checkpoint import file_sha256
 from selftrain_d2.modeling.checkpoint_file import save_weights
 from selftrain_d2.modeling.simclr import SimCLR
+from selftrain_d2.torch_flags import torch_flag
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ def pretrain_simclr(
                 f"{output / RECORD}."
             )
         paths = [os.path.join(image_root, name) for name in file_names if name not in skipped]
-        train_simclr(cfg, model, paths, output, settings, record["seed"])
+        with torch_flag(torch.backends.cudnn, "benchmark", cfg.CUDNN_BENCHMARK):
+            train_simclr(cfg, model, paths, output, settings, record["seed"])
         if comm.is_main_process():
             _write_backbone(cfg, model, output / BACKBONE, identity)
             logger.info(f"Wrote {output / BACKBONE}: train a detector with MODEL.WEIGHTS {output / BACKBONE}")

@@ -2,18 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, make_coco_set
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from detectron2.utils import comm
 
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.engine import children
 from selftrain_d2.engine.launch import Processes, run_in_processes
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
 from selftrain_d2.errors import InputError
@@ -163,6 +167,68 @@ def test_every_process_says_where_a_loss_was_not_finite():
     message = r"at step 0, for human labels \(loss nan\)\. Images: image_1\.png; the batch is saved in saved_1\.pth\.$"
     with pytest.raises(NonFiniteLossError, match=message):
         run_in_processes(_loss_of_the_second_is_nan, Processes(num_gpus=2), ())
+
+
+def _wait(folder):
+    (Path(folder) / f"{os.getpid()}.{torch.distributed.get_backend()}").touch()
+    time.sleep(120)
+
+
+def test_processes_end_with_their_parent_and_cpu_tensors_have_gloo(tmp_path, monkeypatch):
+    """On a machine with one GPU, as it seems to this process. Only it is interrupted, not its children."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    requests = tuple((request, seconds / 10) for request, seconds in children.REQUESTS)
+    monkeypatch.setattr(children, "REQUESTS", requests)
+
+    def interrupt():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_processes(_wait, Processes(num_gpus=2), (str(tmp_path),), device="cpu")
+    for name in os.listdir(tmp_path):
+        pid, backend = name.split(".")
+        assert backend == "gloo"
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "message"),
+    [
+        ("cuda", Processes(num_gpus=5), "--num-gpus is 5, this machine has 4"),
+        (
+            "cuda:1",
+            Processes(num_gpus=2),
+            "MODEL.DEVICE is cuda:1, but each of several processes needs a GPU",
+        ),
+        ("cuda:1", Processes(num_machines=2, dist_url="tcp://a:1"), "MODEL.DEVICE is cuda:1"),
+    ],
+)
+def test_gpus_of_several_processes(monkeypatch, device, processes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match=message):
+        run_in_processes(print, processes, (), device)
+
+
+def test_one_process_may_name_its_gpu():
+    ran = []
+    run_in_processes(ran.append, Processes(), ("here",), "cuda:1")
+    assert ran == ["here"]
+
+
+def test_one_gpu_for_several_processes_is_refused_before_training(arguments, tmp_path, capsys):
+    options = ("MODEL.DEVICE", "cuda:1", "DATASETS.TEST", "()")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        for more in ((), ("--dry-run",)):
+            command = ["train", *more, *arguments(tmp_path / "run", "--num-gpus", "2", *options)]
+            assert_refused(command, capsys, "MODEL.DEVICE is cuda:1", output=tmp_path / "run")
 
 
 def test_several_machines_need_an_address():
