@@ -18,6 +18,7 @@ from selftrain_d2.engine.trainer import (
     build_loss_normalizer,
     check_accumulation_steps,
     check_number_of_classes,
+    check_reference_world_size,
     check_test_sets,
 )
 from selftrain_d2.engine.weight_average import WeightAverage
@@ -50,6 +51,7 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
         ):
             check_classes(human, [name for name in names if name not in unread], kind)
         check_number_of_classes(cfg)
+    check_reference_world_size(cfg, processes)
     check_accumulation_steps(cfg, processes)
     if cfg.SOLVER.AMP.ENABLED:
         amp_precision(cfg)

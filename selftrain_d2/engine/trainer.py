@@ -151,7 +151,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         """
         # DefaultTrainer.__init__ with our checkpointer, which its hooks must already meet.
         super(DefaultTrainer, self).__init__()
-        cfg = with_stage(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+        check_reference_world_size(cfg)
+        cfg = with_stage(cfg)
         model = self.build_model(cfg)
         classes = classification_classes(cfg)
         if classes:  # here, not in build_model: only training needs the head
@@ -361,6 +362,24 @@ def check_accumulation_steps(cfg: CfgNode, processes: int | None = None) -> int:
                 f"x {processes} processes."
             )
     return steps
+
+
+def check_reference_world_size(cfg: CfgNode, processes: int | None = None) -> None:
+    """Refuse detectron2's scaling to another number of processes, which knows nothing of this plugin's keys.
+
+    Args:
+        processes: of the run; by default those that run now.
+
+    Raises:
+        InputError: SOLVER.REFERENCE_WORLD_SIZE is another number than theirs, and not 0.
+    """
+    reference, processes = cfg.SOLVER.REFERENCE_WORLD_SIZE, processes or comm.get_world_size()
+    if reference not in (0, processes):
+        raise InputError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, but the processes are {processes}: it would scale "
+            "SOLVER.IMS_PER_BATCH and the schedule, but neither the pseudo-labeled images nor what SELFTRAIN.* counts "
+            f"in steps; set it to 0, and these keys to their values for {processes}."
+        )
 
 
 def check_test_sets(cfg: CfgNode) -> None:

@@ -90,6 +90,7 @@ def test_weights_of_a_url_are_not_missing(train, capsys):
         ((), ["SELFTRAIN.ALPHA", "-1"], ["ALPHA"]),
         ((), ["SELFTRAIN.WEIGHT_EMA_DECAY", "2.0"], ["WEIGHT_EMA_DECAY"]),
         (("--num-gpus", "3"), [], ["SOLVER.IMS_PER_BATCH = 2", "3 processes"]),
+        ((), ["SOLVER.REFERENCE_WORLD_SIZE", "8"], ["REFERENCE_WORLD_SIZE is 8, but the processes are 1"]),
         (("--eval-only",), [], ["DATASETS.TEST"]),
     ],
 )
@@ -107,6 +108,12 @@ def test_mistakes_are_those_of_a_real_run(train, coco_set, tmp_path, capsys, opt
     error = capsys.readouterr().err
     for fragment in fragments:
         assert fragment in error
+
+
+def test_as_many_processes_as_the_schedule_was_made_for(train):
+    for number in (0, 2):
+        keys = ["SOLVER.REFERENCE_WORLD_SIZE", str(number)]
+        assert main(train("--num-gpus", "2", keys=keys)) == 0
 
 
 def test_evaluation_needs_no_training_data(train, capsys):
