@@ -1,7 +1,10 @@
 """A tiny COCO set of coloured rectangles, and a detector small enough to train in seconds."""
 
+import contextlib
 import json
+import logging
 import os
+import random
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +19,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from selftrain_d2 import add_selftrain_config
+from selftrain_d2 import AUGMENTATION_REGISTRY, add_selftrain_config
 from selftrain_d2.cli import main
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
@@ -174,15 +177,54 @@ def small_rcnn_config(architecture, **options):
     return cfg
 
 
+@contextlib.contextmanager
+def process_as_it_was():
+    """Datasets, policies, loggers, and numbers of threads are after it as they were before; random states start anew.
+
+    Commands take the log away from pytest's handlers (``propagate``), benchmarks keep to one thread, trainings seed: no
+    test after them is to notice. The root logger's handlers are pytest's own business.
+    """
+    datasets, policies = set(DatasetCatalog.list()), dict(AUGMENTATION_REGISTRY)
+    loggers = {logger: (logger.propagate, logger.level, [*logger.handlers]) for logger in _loggers()}
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    folder = os.getcwd()
+    _seed()
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - datasets:
+            DatasetCatalog.remove(name)
+            if name in MetadataCatalog:
+                MetadataCatalog.remove(name)
+        AUGMENTATION_REGISTRY._obj_map.clear()
+        AUGMENTATION_REGISTRY._obj_map.update(policies)
+        for logger in _loggers():
+            logger.propagate, level, logger.handlers = loggers.get(logger, (True, logging.NOTSET, []))
+            if logger.level != level:
+                logger.setLevel(level)  # goes through all loggers
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+        os.chdir(folder)
+        _seed()
+
+
+def _loggers():
+    return [
+        logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)
+    ]
+
+
+def _seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed spends milliseconds on GPUs that are not there
+
+
 @pytest.fixture(autouse=True)
-def leave_catalogs_as_they_were():
-    """Datasets that a test registers are gone after it."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        if name in MetadataCatalog:
-            MetadataCatalog.remove(name)
+def leave_the_process_as_it_was():
+    """No test depends on those before it."""
+    with process_as_it_was():
+        yield
 
 
 def assert_refused(command, capsys, *fragments, output=None):

@@ -1,4 +1,3 @@
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +33,6 @@ class _Trainer:
 
 @pytest.fixture
 def warnings_of(caplog):
-    logging.getLogger("selftrain_d2").propagate = True
     caplog.set_level("WARNING", "selftrain_d2")
 
     def take():

@@ -65,10 +65,8 @@ def _arguments(folder, output, *options, weights="teacher.pth"):
 def label_here(folder, monkeypatch):
     """The command in this process, undisturbed."""
     monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", SHARD)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # rounding depends on it
-    yield lambda *arguments, **keywords: main(_arguments(folder, *arguments, **keywords))
-    torch.set_num_threads(threads)
+    return lambda *arguments, **keywords: main(_arguments(folder, *arguments, **keywords))
 
 
 def _shards(folder, output):

@@ -3,7 +3,6 @@
 import json
 import time
 
-import cv2
 import pytest
 import torch
 from detectron2.structures import Instances
@@ -46,15 +45,6 @@ def test_machine_is_described():
     assert {"cpu", "cores", "python", "torch"} <= set(machine())
 
 
-@pytest.fixture
-def threads_as_before():
-    """The command keeps its process to one core; the tests after it are not meant."""
-    torch_threads, opencv_threads = torch.get_num_threads(), cv2.getNumThreads()
-    yield
-    torch.set_num_threads(torch_threads)
-    cv2.setNumThreads(opencv_threads)
-
-
 def pixels_and_boxes(result):
     """The image (3, H, W) and the boxes of any contestant's sample."""
     if isinstance(result, dict):
@@ -82,7 +72,7 @@ def test_all_contestants_make_samples_of_the_same_kind(tmp_path, make):
         assert not isinstance(result, dict) or isinstance(result["instances"], Instances)
 
 
-def test_command(tmp_path, capsys, monkeypatch, threads_as_before):
+def test_command(tmp_path, capsys, monkeypatch):
     # The real task takes a minute; one record is enough to see the command work.
     make_records = benchmark_augmentation.make_records
     monkeypatch.setattr(
