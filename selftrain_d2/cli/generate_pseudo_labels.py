@@ -18,7 +18,7 @@ import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.cli.dry_run import Plan, files_of_dataset
 from selftrain_d2.cli.image_arguments import add_image_arguments, given_images, images_of
-from selftrain_d2.data.loader import check_registered
+from selftrain_d2.data.training_sets import check_registered
 from selftrain_d2.engine.checks import build_without_memory
 from selftrain_d2.engine.launch import run_in_processes
 from selftrain_d2.engine.logs import log_to_console

@@ -22,6 +22,7 @@ from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, 
 from selftrain_d2.cli.dry_run import NamedDataset, Plan
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.checks import build_without_memory, check_training
+from selftrain_d2.engine.config_checks import check_number_of_classes, check_test_sets
 from selftrain_d2.engine.launch import (
     classification_images,
     evaluate,
@@ -33,7 +34,6 @@ from selftrain_d2.engine.launch import (
 )
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.run_folder import check_run_folder
-from selftrain_d2.engine.trainer import check_number_of_classes, check_test_sets
 from selftrain_d2.errors import InputError
 
 

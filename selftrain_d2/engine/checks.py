@@ -10,17 +10,16 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from selftrain_d2.data.classification import classification_classes
-from selftrain_d2.data.loader import check_classes, check_sources
-from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
-from selftrain_d2.engine.trainer import (
-    SelfTrainingTrainer,
+from selftrain_d2.data.training_sets import check_classes, check_sources
+from selftrain_d2.engine.config_checks import (
     amp_precision,
-    build_loss_normalizer,
     check_accumulation_steps,
     check_number_of_classes,
     check_reference_world_size,
     check_test_sets,
 )
+from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
+from selftrain_d2.engine.trainer import SelfTrainingTrainer, build_loss_normalizer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.modeling.meta_arch.classification import add_classification_head
 

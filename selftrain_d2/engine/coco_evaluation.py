@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from selftrain_d2.data.coco_datasets import catalog_with, coco_dataset
 from selftrain_d2.data.coco_file import evaluation_truth, read_coco
-from selftrain_d2.data.loader import check_keypoints
+from selftrain_d2.data.training_sets import check_keypoints
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import write_json
 

@@ -31,11 +31,12 @@ from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.engine.children import children_stopped
 from selftrain_d2.engine.coco_evaluation import check_evaluation
+from selftrain_d2.engine.config_checks import check_evaluated_classes, check_test_sets
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held, on_main_process
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
-from selftrain_d2.engine.trainer import SelfTrainingTrainer, check_evaluated_classes, check_test_sets
+from selftrain_d2.engine.trainer import SelfTrainingTrainer
 from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
 from selftrain_d2.modeling.checkpoint import checkpoints_in, load_weights, require_complete

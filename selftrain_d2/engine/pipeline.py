@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import nn
 
-from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.datasets import list_images, register_dataset
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
@@ -35,38 +32,19 @@ from selftrain_d2.engine.launch import (
     train,
 )
 from selftrain_d2.engine.stage import with_stage
+from selftrain_d2.engine.stage_record import PLACE, STARTING_WEIGHTS, run_stage, stage_settings
 from selftrain_d2.engine.summary import write_summary
 from selftrain_d2.engine.tasks import Task
 from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
 from selftrain_d2.engine.trainer import WEIGHT_AVERAGE
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import check_unchanged, is_empty, read_json, write_json, writing
+from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
-from selftrain_d2.modeling.checkpoint import checkpoints_in, file_sha256, require_same_backbone
+from selftrain_d2.modeling.checkpoint import file_sha256, require_same_backbone
 
 logger = logging.getLogger(__name__)
 
 PSEUDO = "selftrain_pseudo"
-STAGE = "stage.json"
-#: In a stage's settings: hash of the weights that it starts from.
-_START = "weights_sha256"
-
-# Where and how fast a stage runs: as this call says, whatever a stage before ran on.
-_PLACE = ("DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "CUDNN_BENCHMARK")
-# That, and how often it saves, does not change what a stage makes.
-_KEYS_WITHOUT_EFFECT = (
-    *_PLACE,
-    "OUTPUT_DIR",
-    "MODEL.WEIGHTS",  # by its hash instead
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.EVAL_PERIOD",
-    "SELFTRAIN.MIN_NONEMPTY_SHARE",
-    "SELFTRAIN.MAX_BOXES_RATIO",
-    "SELFTRAIN.STUDENT_WEIGHTS",  # by their hash as well
-    "SELFTRAIN.STAGE",  # the loop's own
-    "SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES",  # which weights were let pass
-    "VERSION",
-)
 
 
 def self_train(
@@ -246,15 +224,15 @@ class _Loop:
         cfg.MODEL.WEIGHTS = str(self.output / stage / _final_weights(cfg))
         # How and where to label is not settled by what was trained before.
         cfg.SELFTRAIN = self.cfg.SELFTRAIN.clone()
-        cfg.merge_from_list([word for key in _PLACE for word in (key, value_of(self.cfg, key))])
+        cfg.merge_from_list([word for key in PLACE for word in (key, value_of(self.cfg, key))])
         return cfg
 
     def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:
         """Train one stage, or take what it made before."""
         cfg.OUTPUT_DIR = str(self.output / stage)
         settings = {
-            **_settings(cfg),
-            _START: file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
+            **stage_settings(cfg),
+            STARTING_WEIGHTS: file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
             **self.task.fingerprint(),
         }
 
@@ -276,7 +254,7 @@ class _Loop:
             }
 
         return {
-            **_run_stage(self.output / stage, settings, work),
+            **run_stage(self.output / stage, settings, work),
             # Not from the stage's record: relative to a folder that may be moved.
             "weights": f"{stage}/{_final_weights(cfg)}",
             "config": f"{stage}/config.yaml",
@@ -343,96 +321,3 @@ def _model_of(cfg: CfgNode, processes: int) -> nn.Module | None:
     except (NotImplementedError, RuntimeError) as error:  # a project's own model may need values
         logger.info(f"{cfg.MODEL.META_ARCHITECTURE} cannot be checked before it is trained: {error}")
         return None
-
-
-def _run_stage(folder: Path, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do a stage's work once: a finished one is taken as it is, one of other settings is refused.
-
-    Other settings are accepted where they spoil nothing: before the first checkpoint, or to correct the mistake that
-    the work ended with. Nothing is ever deleted.
-    """
-    file = folder / STAGE
-    record: dict[str, Any] = {"settings": settings, "seconds": 0.0, "result": None}
-    if file.exists():
-        before = read_json(file)
-        if before["result"] is not None:
-            check_unchanged(folder, _settings_of(before), settings)
-            logger.info(f"{folder} is finished already.")
-            return {**before["result"], "seconds": before["seconds"]}
-        if checkpoints_in(folder):
-            _check_correction(folder, before, settings)
-            record["seconds"] = before["seconds"]
-    elif not is_empty(folder, STAGE):
-        raise InputError(f"{folder} is not empty and has no {STAGE}: choose another output folder.")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, record)
-    start = time.perf_counter()
-
-    def save() -> None:
-        record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 1)
-        write_json(file, record)
-
-    try:
-        record["result"] = work()
-    except BaseException as error:
-        if isinstance(error, InputError):
-            record["mistake"] = str(error)
-        with contextlib.suppress(InputError):  # the disk may be full: `error` says so
-            save()  # the time of a run that was stopped counts as well
-        raise
-    save()
-    return {**record["result"], "seconds": record["seconds"]}
-
-
-def _check_correction(folder: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise InputError unless unfinished work may go on from its last checkpoint with these settings."""
-    before = _settings_of(record)
-    if "mistake" not in record:
-        check_unchanged(folder, before, settings)
-    check_unchanged(
-        folder, before, {_START: settings[_START]}
-    )  # what it began with cannot be changed any more
-    changed = [
-        f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value
-    ]
-    if changed:
-        logger.warning(
-            f"{folder} goes on from its last checkpoint with corrected settings ({', '.join(changed)}): the steps "
-            "before were trained without them."
-        )
-
-
-def _settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Work begun before a config key existed was done as the key's default has it."""
-    return {**_defaults(), **record["settings"]}
-
-
-def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """Every config key that a training run's result depends on, flat, as JSON reads it back."""
-    flat = {key: value for key, value in _flat(cfg).items() if key not in _KEYS_WITHOUT_EFFECT}
-    if not cfg.DATASETS.PSEUDO_TRAIN:  # of the keys of self-training, supervised training knows one
-        flat = {
-            key: value
-            for key, value in flat.items()
-            if not key.startswith("SELFTRAIN.") or key == "SELFTRAIN.WEIGHT_EMA_DECAY"
-        }
-    return json.loads(json.dumps(flat))
-
-
-def _defaults() -> dict[str, Any]:
-    """The default of every config key, as :func:`_settings` has them."""
-    cfg = get_cfg()
-    add_selftrain_config(cfg)
-    return json.loads(json.dumps(_flat(cfg)))
-
-
-def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        key = f"{prefix}{key}"
-        if isinstance(value, CfgNode):
-            flat.update(_flat(value, f"{key}."))
-        else:
-            flat[key] = value
-    return flat

@@ -19,10 +19,10 @@ from selftrain_d2.data.contrastive_views import ReadabilityCheck
 from selftrain_d2.data.image_sources import check_distinct
 from selftrain_d2.data.loader import use_one_thread
 from selftrain_d2.data.pseudo_labels.manifest import NameHash
+from selftrain_d2.engine.config_checks import amp_precision
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.run_folder import held
 from selftrain_d2.engine.simclr_training import SimCLRSettings, build_simclr, train_simclr
-from selftrain_d2.engine.trainer import amp_precision
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import NO_ROOM, check_unchanged, is_empty, read_json, write_json, writing
 from selftrain_d2.modeling.checkpoint import file_sha256

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from selftrain_d2.data.contrastive_views import ContrastiveViews, EpochBatchSampler
 from selftrain_d2.data.loader import MixedDataset, use_one_thread
+from selftrain_d2.engine.config_checks import amp_precision
 from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.resume import RunState
 from selftrain_d2.engine.run_folder import drop_rows
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
-from selftrain_d2.engine.trainer import amp_precision
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,

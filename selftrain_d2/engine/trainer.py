@@ -6,28 +6,35 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from torch import nn
 from torch.utils.data import DataLoader
 
 from selftrain_d2.data.classification import classification_classes
 from selftrain_d2.data.coco_datasets import reading_coco
-from selftrain_d2.data.datasets import check_same_classes, class_names, difference_of_classes
+from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.label_maps import read_label_map
-from selftrain_d2.data.loader import build_selftrain_train_loader, check_classes, check_registered
+from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.random_state import stage_seed
+from selftrain_d2.data.training_sets import check_classes
+from selftrain_d2.engine.checkpoint_facts import CheckpointFacts, Classifiers, Stage
 from selftrain_d2.engine.coco_evaluation import RepairedCOCOEvaluator, check_evaluation
-from selftrain_d2.engine.config_values import is_segmentor, one_line
+from selftrain_d2.engine.config_checks import (
+    amp_precision,
+    check_accumulation_steps,
+    check_number_of_classes,
+    check_reference_world_size,
+    check_test_sets,
+)
+from selftrain_d2.engine.config_values import one_line
 from selftrain_d2.engine.gradient_check import GradientCheck
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
@@ -40,97 +47,16 @@ from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
-    LoadReport,
     SafeDetectionCheckpointer,
     check_input_statistics,
     require_same_model,
 )
-from selftrain_d2.modeling.classes import number_of_classes, tensors_of_classes, tensors_of_image_classes
 from selftrain_d2.modeling.meta_arch import add_classification_head
 
 logger = logging.getLogger(__name__)
 
 #: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
 WEIGHT_AVERAGE = os.path.join(WEIGHT_AVERAGE_FOLDER, "model_final.pth")
-
-
-class CheckpointFacts:
-    """Facts about a run that every checkpoint carries, and a resumed run must share."""
-
-    def __init__(self, facts: dict[str, Any]):
-        self.facts = facts
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.facts
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, value in self.facts.items():
-            if state.get(key) != value:
-                raise InputError(
-                    f"The checkpoint to resume from has {key} {state.get(key)}, this run has {value}: "
-                    "choose another OUTPUT_DIR."
-                )
-
-
-class Stage(CheckpointFacts):
-    """SELFTRAIN.STAGE; see :func:`~selftrain_d2.engine.stage.with_stage`. A resumed run need not share it."""
-
-    def __init__(self, stage: int):
-        super().__init__({"stage": stage})
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Classifiers:
-    """The parts of a model that depend on classes, before weights to start from are loaded.
-
-    Tensors of as many other classes fit, and would be taken for those of this run's classes.
-    """
-
-    def __init__(self, cfg: CfgNode, model: nn.Module, facts: Mapping[str, CheckpointFacts]):
-        """
-        Args:
-            cfg: SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES is looked at.
-            model: as it was built.
-            facts: of the run, which its checkpoints carry.
-        """
-        self.cfg, self.model = cfg, model
-        self.known = {
-            "classes": facts["classes"].facts["thing_classes"],
-            "image_classes": facts["classification"].facts["classification_classes"],
-        }
-        self.initial: dict[str, dict[str, torch.Tensor]] = {}
-        if cfg.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES:
-            state = model.state_dict()
-            for kind, names in (
-                ("classes", tensors_of_classes(cfg, model)),
-                ("image_classes", tensors_of_image_classes(model)),
-            ):
-                self.initial[kind] = {name: state[name].clone() for name in names}
-
-    def compare(self, report: LoadReport) -> None:
-        """Compare the classes of the weights that were loaded; where they are others, start these parts anew.
-
-        Raises:
-            InputError: as many other classes, or the same in another order, without
-                SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES.
-        """
-        for kind, expected in self.known.items():
-            found = getattr(report, kind)
-            difference = difference_of_classes(expected, found) if expected and found else None
-            if difference is None:
-                continue
-            weights, what = self.cfg.MODEL.WEIGHTS, kind.replace("_", " ")
-            sentence = f"Weights {weights} know other {what} than the data: {difference}"
-            # Those of another number of classes were not taken: their shapes differ.
-            if len(found) == len(expected) and not self.initial:
-                raise InputError(
-                    f"{sentence}; order the data's as the weights', or set SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES True to "
-                    "start what depends on classes anew."
-                )
-            self.model.load_state_dict(self.initial.get(kind, {}), strict=False)
-            logger.info(f"{sentence}; what depends on them starts anew.")
 
 
 class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
@@ -322,114 +248,3 @@ def build_loss_normalizer(cfg: CfgNode) -> LossNormalizer:
     return LossNormalizer(
         keys.ALPHA, keys.EMA_DECAY, keys.NORMALIZE_LOSS, keys.ALPHA_WARMUP_ITERS, keys.MAX_LOSS_RATIO
     )
-
-
-def amp_precision(cfg: CfgNode) -> torch.dtype:
-    """The data type that SOLVER.AMP.PRECISION names.
-
-    Raises:
-        InputError: neither float16 nor bfloat16, or float16 on a CPU.
-    """
-    if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
-        raise InputError(
-            f"SOLVER.AMP.PRECISION is {cfg.SOLVER.AMP.PRECISION!r}: it must be float16 or bfloat16."
-        )
-    if cfg.SOLVER.AMP.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise InputError(
-            f"Mixed precision in float16 needs a GPU, MODEL.DEVICE is {cfg.MODEL.DEVICE}: set "
-            "SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False."
-        )
-    return getattr(torch, cfg.SOLVER.AMP.PRECISION)
-
-
-def check_accumulation_steps(cfg: CfgNode, processes: int | None = None) -> int:
-    """SOLVER.ACCUMULATION_STEPS.
-
-    Args:
-        processes: of the run; by default those that run now.
-
-    Raises:
-        InputError: it is not positive, or the images of a step do not divide by it.
-    """
-    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, processes or comm.get_world_size()
-    if steps < 1:
-        raise InputError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, not {steps}.")
-    for key in ("IMS_PER_BATCH", "PSEUDO_IMS_PER_BATCH", "CLASSIFICATION_IMS_PER_BATCH"):
-        images = cfg.SOLVER[key]
-        if images % (steps * processes):
-            raise InputError(
-                f"SOLVER.{key} = {images} does not divide by SOLVER.ACCUMULATION_STEPS {steps} "
-                f"x {processes} processes."
-            )
-    return steps
-
-
-def check_reference_world_size(cfg: CfgNode, processes: int | None = None) -> None:
-    """Refuse detectron2's scaling to another number of processes, which knows nothing of this plugin's keys.
-
-    Args:
-        processes: of the run; by default those that run now.
-
-    Raises:
-        InputError: SOLVER.REFERENCE_WORLD_SIZE is another number than theirs, and not 0.
-    """
-    reference, processes = cfg.SOLVER.REFERENCE_WORLD_SIZE, processes or comm.get_world_size()
-    if reference not in (0, processes):
-        raise InputError(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, but the processes are {processes}: it would scale "
-            "SOLVER.IMS_PER_BATCH and the schedule, but neither the pseudo-labeled images nor what SELFTRAIN.* counts "
-            f"in steps; set it to 0, and these keys to their values for {processes}."
-        )
-
-
-def check_test_sets(cfg: CfgNode) -> None:
-    """Raise InputError unless DATASETS.TEST has names, registered ones, that results can be told apart by."""
-    names = cfg.DATASETS.TEST
-    check_registered("DATASETS.TEST", names)
-    if len(set(names)) < len(names):
-        raise InputError(f"DATASETS.TEST is {tuple(names)}: name each dataset once.")
-    if len(names) > 1 and cfg.TEST.EXPECTED_RESULTS:
-        raise InputError(
-            "TEST.EXPECTED_RESULTS is about one dataset: leave one in DATASETS.TEST, or no expectation."
-        )
-
-
-def check_evaluated_classes(cfg: CfgNode, known: Sequence[str] | None) -> None:
-    """Compare the classes of a trained model with those of DATASETS.TEST.
-
-    Args:
-        known: the model's, by id; None if its weights do not say. Then only their number is compared.
-
-    Raises:
-        InputError: they differ, or stand in another order.
-    """
-    for name in cfg.DATASETS.TEST:
-        if class_names(name) is None:
-            DatasetCatalog.get(name)  # register_coco_instances tells the classes when it reads them
-        check_number_of_classes(cfg, name)
-        if known and (found := class_names(name)):
-            check_same_classes(
-                known, found, f"The evaluation dataset {name!r}", f"the weights {cfg.MODEL.WEIGHTS}"
-            )
-
-
-def check_number_of_classes(cfg: CfgNode, name: str | None = None) -> None:
-    """Raise InputError unless the model has as many classes as the data, of boxes or of pixels as it learns.
-
-    Args:
-        name: of the dataset; by default the first of DATASETS.TRAIN.
-    """
-    name, architecture = name or cfg.DATASETS.TRAIN[0], cfg.MODEL.META_ARCHITECTURE
-    if class_names(name) is None:
-        return
-    of_pixels = is_segmentor(cfg)
-    classes = MetadataCatalog.get(name).get("stuff_classes" if of_pixels else "thing_classes")
-    if not classes:
-        learned, there = ("masks of pixels", "boxes") if of_pixels else ("boxes", "masks of pixels")
-        raise InputError(
-            f"{architecture} learns {learned}, but {name!r} has {there}: choose another MODEL.META_ARCHITECTURE or "
-            "dataset."
-        )
-    key, number = number_of_classes(cfg) or ("", len(classes))
-    if number != len(classes):
-        raise InputError(f"{key} is {number}, but {name!r} has {len(classes)} classes: {classes}.")

@@ -15,10 +15,10 @@ from selftrain_d2.cli import main
 from selftrain_d2.data.coco_file import dataset_dicts, read_coco
 from selftrain_d2.data.datasets import register_human_labels
 from selftrain_d2.data.image_sources import images_of_coco_json
-from selftrain_d2.data.loader import get_human_dicts
 from selftrain_d2.data.pseudo_labels.exchange import import_coco
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.splits import make_splits
+from selftrain_d2.data.training_sets import get_human_dicts
 from selftrain_d2.inspection.human_labels import read_human_labels
 
 CONFIG = "Base-RetinaNet-EfficientNet-FPN.yaml"

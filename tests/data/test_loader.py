@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from selftrain_d2 import InputError, build_selftrain_train_loader
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels
-from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset, get_pseudo_dicts, repeat_factors
+from selftrain_d2.data.loader import MixedBatchSampler, MixedDataset, repeat_factors
 from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.data.training_sets import get_pseudo_dicts
 
 H, P = 6, 10
 

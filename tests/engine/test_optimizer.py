@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from selftrain_d2 import InputError, SelfTrainingTrainer
-from selftrain_d2.engine.trainer import amp_precision
+from selftrain_d2.engine.config_checks import amp_precision
 
 
 def _tf_rate(step, rate, warmup_rate, warmup_steps, total_steps):

@@ -15,11 +15,11 @@ from pycocotools.coco import COCO
 from selftrain_d2 import InputError, load_pseudo_labels
 from selftrain_d2.cli import main
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
-from selftrain_d2.data.loader import check_classes
 from selftrain_d2.data.pseudo_labels.exchange import export_coco, import_coco
 from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.data.training_sets import check_classes
 
 CLASSES = ["tree", "car", "dog"]
 HEIGHT, WIDTH = 48, 64
