@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from selftrain_d2.engine.loss_normalizer import model_of
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.norm import single_values_explained
 from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source, pseudo_labels_in_words
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION, CLASSIFICATION_LOSS
 
@@ -114,7 +115,8 @@ class StepTrainer(SimpleTrainer):
 
     def _pass(self, batch: list[dict]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device.type
-        with torch.autocast(device, self.precision, enabled=self.precision is not None):
+        autocast = torch.autocast(device, self.precision, enabled=self.precision is not None)
+        with autocast, single_values_explained():
             losses = self.model(batch)
         losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
         self.grad_scaler.scale(sum(losses.values())).backward()

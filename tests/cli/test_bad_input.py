@@ -300,3 +300,18 @@ def test_an_image_that_is_damaged_inside(data, tmp_path, monkeypatch, capsys, wo
     assert main([*command, "DATALOADER.NUM_WORKERS", str(workers)]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert str(image) in error and "Caught" not in error and "Traceback" not in error
+
+
+def test_batch_norm_over_a_single_value(data, tmp_path, capsys):
+    """P7 of one image of 96 pixels. The advice helps."""
+    labeled, _ = data
+    command = [
+        "train", "--config-file", CONFIG, "--human-labels", "human", labeled.json_file, labeled.images, *SMALL_MODEL,
+        "DATASETS.TRAIN", "('human',)", "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1",
+        "OUTPUT_DIR", str(tmp_path / "output"),
+    ]  # fmt: skip
+    assert_refused(command, capsys, "(images, channels, height, width: 1, 16, 1, 1)", "SOLVER.*IMS_PER_BATCH")
+    without = [
+        "MODEL.FPN.OUTPUT_NORM", "", "MODEL.RETINANET.NORM", "", "MODEL.RETINANET.NORM_AFFINE_PER_LEVEL", "False",
+    ]  # fmt: skip
+    assert main([*command, *without]) == 0

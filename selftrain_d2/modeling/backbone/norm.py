@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -84,3 +85,20 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, batches) in zip(norms, states):
             norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+@contextlib.contextmanager
+def single_values_explained() -> Iterator[None]:
+    """Inside, a batch norm that has one value a channel to train on, whose variance is none, raises InputError."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"more than 1 value per channel when training, .*\[([\d, ]+)\]", str(error))
+        if found is None:
+            raise
+        raise InputError(
+            f"A batch norm has a single value a channel to train on (images, channels, height, width: {found[1]}): "
+            "give each process more images a step (SOLVER.*IMS_PER_BATCH, fewer SOLVER.ACCUMULATION_STEPS) or larger "
+            "ones (INPUT.AUGMENTATION.IMAGE_SIZE), or the levels no batch norm (MODEL.FPN.NORM, MODEL.FPN.OUTPUT_NORM "
+            'and MODEL.RETINANET.NORM "" or GN, MODEL.RETINANET.NORM_AFFINE_PER_LEVEL False).'
+        ) from error
