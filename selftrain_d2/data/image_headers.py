@@ -10,8 +10,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 
-from selftrain_d2.data.datasets import read_image_size
-from selftrain_d2.data.mapper import read_image
+from selftrain_d2.data.image_files import read_image, read_image_size
 from selftrain_d2.errors import InputError
 
 _THREADS = 8
