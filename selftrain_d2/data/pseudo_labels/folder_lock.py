@@ -22,8 +22,8 @@ class FolderLock:
     """Holds a folder until closed, or until its process ends, however that ends.
 
     The operating system keeps the lock (``flock``; Linux carries it to other machines over NFS), so a killed
-    process leaves none behind. The file's text, host and process, only serves the message to others. (Why this is not the
-    package filelock: docs/development.md.)
+    process leaves none behind. The file's text, host and process, only serves the message to others.
+    (Why this is not the package filelock: docs/development.md.)
 
     Raises:
         InputError: another holds the folder; the message names it.
