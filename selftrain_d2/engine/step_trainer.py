@@ -190,7 +190,9 @@ class StepTrainer(SimpleTrainer):
             for sample in batch
             if not sources or sample.get("label_source", "human") in sources
         ]
-        pseudo = f", {pseudo_labels_in_words(model_of(self))}" if raw["pseudo"] is not None else ""
+        # Nearly empty pseudo labels are a cause that is not seen in the losses.
+        about_pseudo = raw["pseudo"] is not None and (not wrong or "pseudo" in sources)
+        pseudo = f", {pseudo_labels_in_words(model_of(self))}" if about_pseudo else ""
         saved = ""
         if self.save_batch and self.skipped_steps < MAX_SAVED_BATCHES:
             saved = f"; the batch is saved in {self.save_batch(batch, values)}"

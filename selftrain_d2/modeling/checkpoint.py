@@ -93,21 +93,14 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
         """Load a checkpoint. An empty path loads nothing.
 
         Raises:
-            InputError: the file is missing, damaged, not safe to read, or does not fit the model or its optimizer.
-                The model may be partly loaded then.
+            InputError: the file is missing, damaged, not safe to read, or does not fit the model. The model
+                may be partly loaded then.
         """
         if path:
             self._require_file(path)
         self._path = path
         try:
             return super().load(path, *args, **kwargs)
-        except ValueError as error:
-            if "parameter group" not in str(error):
-                raise
-            raise InputError(
-                f"The state of the optimizer in {path} is that of a model with other parameters: train in another "
-                f"OUTPUT_DIR with MODEL.WEIGHTS {path}, without --resume."
-            ) from error
         finally:
             self._parsed_url_during_load = None  # the base forgets this after an exception
 

@@ -19,7 +19,7 @@ from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from selftrain_d2 import InputError, SelfTrainingTrainer, load_pseudo_labels
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
-from selftrain_d2.engine import pipeline
+from selftrain_d2.engine import pipeline, stage_record
 
 STEPS = ["SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SELFTRAIN.SCORE_THRESH", "0.005"]
 
@@ -206,6 +206,12 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
     ],
 )
 def test_mistakes_in_later_stages_are_told_before_the_first(command, tmp_path, capsys, options, words):
+    labels = tmp_path / "labeled" / "labels.json"
+    coco = json.loads(labels.read_text())
+    for annotation in coco["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    labels.write_text(json.dumps(coco))
     assert_refused([*command, *options], capsys, *words, output=tmp_path / "output")
 
 
@@ -308,7 +314,7 @@ def test_a_record_that_a_full_disk_does_not_take_hides_no_mistake(
     command, tmp_path, stops, monkeypatch, capsys
 ):
     stops.error = InputError("the disk is full")
-    write_json, written = pipeline.write_json, []
+    write_json, written = stage_record.write_json, []
 
     def once(file, content):
         if written:
@@ -316,7 +322,7 @@ def test_a_record_that_a_full_disk_does_not_take_hides_no_mistake(
         written.append(file)
         write_json(file, content)
 
-    monkeypatch.setattr(pipeline, "write_json", once)
+    monkeypatch.setattr(stage_record, "write_json", once)
     assert_refused(command, capsys, "the disk is full")
 
 

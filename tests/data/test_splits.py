@@ -331,9 +331,14 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
+def _write_source(folder, names):
+    images = [{"id": i, "file_name": name, "width": 9, "height": 9} for i, name in enumerate(names)]
+    coco = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "tree"}]}
+    (folder / "source.json").write_text(json.dumps(coco))
+
+
 def test_what_is_left_out_is_read_back_whatever_its_name(tmp_path):
-    images = [{"id": i, "file_name": name} for i, name in enumerate(ODD_NAMES)]
-    (tmp_path / "source.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    _write_source(tmp_path, ODD_NAMES)
     (tmp_path / "photos").mkdir()
     for name in ("plain.jpg", "#1.jpg"):
         (tmp_path / "photos" / name).write_bytes(b"")
@@ -357,7 +362,6 @@ def test_what_is_left_out_is_read_back_whatever_its_name(tmp_path):
 
 
 def test_one_file_under_two_spellings(tmp_path):
-    images = [{"id": i, "file_name": name} for i, name in enumerate(["a.jpg", "b.jpg", "./a.jpg"])]
-    (tmp_path / "source.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
-    with pytest.raises(InputError, match=r"source\.json names a\.jpg twice"):
+    _write_source(tmp_path, ["a.jpg", "b.jpg", "./a.jpg"])
+    with pytest.raises(InputError, match=r"source\.json has two images of the same file_name: 'a\.jpg'"):
         make_splits(tmp_path / "source.json", tmp_path / "out", [50])

@@ -27,6 +27,8 @@ VALUES = {
     "INPUT.CLASSIFICATION_IMAGE_SIZE": ([-1], [0, 32]),
     "SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT": ([-0.1, float("nan")], [0.0, 0.5]),
     "SELFTRAIN.MAX_BOXES_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
+    "SELFTRAIN.MAX_LOSS_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
+    "SELFTRAIN.STAGE": ([-2], [-1, 0, 3]),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": ([1.1, -0.1, float("nan")], [0.0, 1.0]),
 }
 

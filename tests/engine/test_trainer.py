@@ -55,7 +55,8 @@ def test_averages_do_not_travel_with_weights(student_config, tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path / "next")
     trainer = SelfTrainingTrainer(cfg)
     trainer.resume_or_load(resume=False)
-    assert _normalizer(trainer).state_dict() == {"human_average": None, "pseudo_average": None, "steps": 0}
+    averages = {"human_average": None, "human_count": 0, "pseudo_average": None, "pseudo_count": 0}
+    assert _normalizer(trainer).state_dict() == {**averages, "steps": 0}
     assert trainer.start_iter == 0
 
 
