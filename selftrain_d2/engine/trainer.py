@@ -160,8 +160,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         except ValueError as error:  # torch: other groups of parameters
             raise InputError(
                 f"The optimizer of the checkpoint in {self.cfg.OUTPUT_DIR} does not fit this config's "
-                f"({one_line(error)}): give the SOLVER keys that the run was begun with, or another OUTPUT_DIR, with that "
-                "checkpoint as MODEL.WEIGHTS."
+                f"({one_line(error)}): give the SOLVER keys that the run was begun with, or another OUTPUT_DIR "
+                "with that checkpoint as MODEL.WEIGHTS."
             ) from error
 
     def build_hooks(self) -> list[HookBase]:

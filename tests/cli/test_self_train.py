@@ -206,12 +206,13 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
     ],
 )
 def test_mistakes_in_later_stages_are_told_before_the_first(command, tmp_path, capsys, options, words):
-    labels = tmp_path / "labeled" / "labels.json"
-    coco = json.loads(labels.read_text())
-    for annotation in coco["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    labels.write_text(json.dumps(coco))
+    for part in ("labeled", "validation"):
+        labels = tmp_path / part / "labels.json"
+        coco = json.loads(labels.read_text())
+        for annotation in coco["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        labels.write_text(json.dumps(coco))
     assert_refused([*command, *options], capsys, *words, output=tmp_path / "output")
 
 
