@@ -206,7 +206,7 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
     ],
 )
 def test_mistakes_in_later_stages_are_told_before_the_first(command, tmp_path, capsys, options, words):
-    for part in ("labeled", "validation"):
+    for part in ("labeled", "unlabeled", "validation"):
         labels = tmp_path / part / "labels.json"
         coco = json.loads(labels.read_text())
         for annotation in coco["annotations"]:
