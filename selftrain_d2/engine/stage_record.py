@@ -19,17 +19,13 @@ from selftrain_d2.modeling.checkpoint import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
-
 STAGE = "stage.json"
-
 
 #: In a stage's settings: hash of the weights that it starts from.
 STARTING_WEIGHTS = "weights_sha256"
 
-
 # Where and how fast a stage runs: as this call says, whatever a stage before ran on.
 PLACE = ("DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "CUDNN_BENCHMARK")
-
 
 # That, and how often it saves, does not change what a stage makes.
 _KEYS_WITHOUT_EFFECT = (
