@@ -53,11 +53,12 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> tuple[int, int, tuple[int, ...]] | None:
         """Which flat tensor, from where, and the shape; None for what is pickled as ever."""
-        # Subclasses and sparse tensors would come back as plain ones.
-        if type(value) is not Tensor or value.layout is not torch.strided or value.requires_grad:
+        # Subclasses and sparse tensors would come back as plain ones; others cannot be joined.
+        plain = type(value) is Tensor and value.layout is torch.strided and value.is_cpu
+        if not plain or value.requires_grad:
             return None
         start = self.sizes.get(value.dtype, 0)
-        self.tensors.setdefault(value.dtype, []).append(value.detach().reshape(-1))
+        self.tensors.setdefault(value.dtype, []).append(value.reshape(-1))
         self.sizes[value.dtype] = start + value.numel()
         return list(self.tensors).index(value.dtype), start, tuple(value.shape)
 

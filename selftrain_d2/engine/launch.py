@@ -40,7 +40,7 @@ from selftrain_d2.engine.trainer import SelfTrainingTrainer
 from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
 from selftrain_d2.modeling.checkpoint import checkpoints_in, load_weights, require_complete
-from selftrain_d2.torch_flags import torch_flag
+from selftrain_d2.modeling.torch_flags import torch_flag
 
 logger = logging.getLogger(__name__)
 

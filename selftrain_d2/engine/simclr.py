@@ -28,7 +28,7 @@ from selftrain_d2.files import NO_ROOM, check_unchanged, is_empty, read_json, wr
 from selftrain_d2.modeling.checkpoint import file_sha256
 from selftrain_d2.modeling.checkpoint_file import save_weights
 from selftrain_d2.modeling.simclr import SimCLR
-from selftrain_d2.torch_flags import torch_flag
+from selftrain_d2.modeling.torch_flags import torch_flag
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.views import build_merge, mirrored, view_augmentations, views
-from selftrain_d2.torch_flags import torch_flag
+from selftrain_d2.modeling.torch_flags import torch_flag
 
 #: Batches that may be under way at once, so that images of one shape find each other.
 LOOK_AHEAD = 8

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from selftrain_d2 import InputError
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.labeling.inference import LOOK_AHEAD, Network, Teacher, label_in_order, read_ahead
-from selftrain_d2.torch_flags import torch_flag
+from selftrain_d2.modeling.torch_flags import torch_flag
 
 
 class _Recorder:
