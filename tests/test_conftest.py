@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from conftest import process_as_it_was
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.env import seed_all_rng
 
 from selftrain_d2 import AUGMENTATION_REGISTRY
 from selftrain_d2.engine.logs import log_to_console
@@ -17,7 +18,8 @@ from selftrain_d2.engine.logs import log_to_console
 def _state():
     return (
         [(n, g.propagate, g.level, list(g.handlers)) for n, g in _named_loggers().items()],
-        (torch.get_num_threads(), cv2.getNumThreads(), os.getcwd()),
+        (torch.get_num_threads(), cv2.getNumThreads()),
+        (os.getcwd(), {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}),
         (set(DatasetCatalog.list()), [name for name, _ in AUGMENTATION_REGISTRY]),
         (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()),
     )
@@ -35,6 +37,8 @@ def test_everything_is_as_it_was(tmp_path):
         torch.set_num_threads(before[1][0] + 1)
         cv2.setNumThreads(1 if before[1][1] > 1 else 2)
         os.chdir(tmp_path)
+        seed_all_rng(3)
+        os.environ.pop("PATH")
         DatasetCatalog.register("left behind", list)
         MetadataCatalog.get("left behind").set(thing_classes=["a"])
         AUGMENTATION_REGISTRY._do_register("LeftBehind", lambda cfg, is_train: [])
