@@ -169,21 +169,6 @@ def test_training_resumes_with_all_its_states(tmp_path):
     assert not thirds["optimizer"].state_dict()["state"]
 
 
-def test_the_optimizer_of_a_model_with_more_parameters(tmp_path):
-    """As of a run from when levels that the head does not use were built."""
-
-    def checkpointer(layers):
-        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return SafeDetectionCheckpointer(model, str(tmp_path), optimizer=optimizer)
-
-    checkpointer(3).save("model_0000001")
-    with pytest.raises(
-        InputError, match=r"optimizer in .*model_0000001\.pth is that of a model with other param"
-    ):
-        checkpointer(2).resume_or_load("", resume=True)
-
-
 def test_no_weights_is_a_random_start(detector):
     assert SafeDetectionCheckpointer(detector).load("") == {}
     with pytest.raises(InputError, match=r"MODEL\.WEIGHTS is empty"):

@@ -305,8 +305,13 @@ def test_stopping_the_runner_stops_its_cells(desk, monkeypatch, capsys, number, 
         {"a": {"command": f"{{output}} {temper} pid unless:later sleep:60"}, "b": {"command": "{output}"}}
     )
 
+    def b_is_finished():
+        record = desk.record("b/all")
+        return record is not None and record["status"] == "finished"
+
     def stop():
         wait_for((desk.board / "pid").exists)
+        wait_for(b_is_finished)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=stop)
