@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if has_plan:
         parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     args = parser.parse_args(rest)
+    args.words = argv
     try:
         if has_plan and args.dry_run:
             print(module.plan(args))

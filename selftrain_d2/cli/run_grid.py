@@ -23,6 +23,7 @@ import yaml
 
 from selftrain_d2.cli import COMMANDS
 from selftrain_d2.cli.common import find_config
+from selftrain_d2.cli.jobs import add_jobs_arguments, devices_of
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.cell_record import program_words
@@ -42,15 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "grid", metavar="GRID", help="a YAML file: a path, or the name of one that is shipped"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of all cells")
-    parser.add_argument(
-        "--jobs", type=int, metavar="K", help="cells at a time (default: one for each device, else 1)"
-    )
-    parser.add_argument(
-        "--devices",
-        metavar="0,1|cpu",
-        help="GPUs that jobs take turns on, each seeing one; or cpu, where each of K jobs has 1/K of the cores "
-        "unless OMP_NUM_THREADS is set (default: jobs see what is there)",
-    )
+    add_jobs_arguments(parser, "cells")
     parser.add_argument(
         "--only",
         action="append",
@@ -93,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         for axis, values in _pairs([text], "--only").items():
             only[axis] += values.split(",")
     cells = grid.select(only)
-    devices = _devices(args)
+    devices = devices_of(args)
     if args.dry_run:
         print(
             dry_run(
@@ -129,18 +122,6 @@ def _runner(args: argparse.Namespace, grid: Grid, devices: Devices, lock: int) -
             "with --slurm; or cancel the jobs and delete its slurm/jobs.json."
         )
     return LocalRunner(args.output, program, devices, lock)
-
-
-def _devices(args: argparse.Namespace) -> Devices:
-    gpus = None
-    if args.devices is not None:
-        gpus = () if args.devices == "cpu" else tuple(args.devices.split(","))
-        if not all(gpu.isalnum() or "-" in gpu for gpu in gpus):
-            raise InputError(f"--devices must be 'cpu' or GPUs such as 0,1, not {args.devices!r}.")
-    jobs = args.jobs if args.jobs is not None else len(gpus or ()) or 1
-    if jobs < 1:
-        raise InputError(f"--jobs must be at least 1, not {jobs}.")
-    return Devices(jobs, gpus)
 
 
 def _pairs(texts: list[str], option: str) -> dict[str, str]:

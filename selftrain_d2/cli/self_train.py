@@ -15,11 +15,14 @@ goes on from there and redoes nothing that is finished. summary.md and summary.j
 from __future__ import annotations
 
 import argparse
+import functools
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
+from selftrain_d2.cli.jobs import add_jobs_arguments, devices_of, run_seeds
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.pipeline import self_train
+from selftrain_d2.engine.seeds import seed_folder, seeds_to_markdown, self_train_seeds, with_seed
 from selftrain_d2.engine.summary import to_markdown
 from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.errors import InputError
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     boxes.add_argument(
         "--unlabeled-truth-json",
         metavar="JSON",
-        help="labels of the unlabeled images, if there are any: only to judge the pseudo labels by",
+        help="labels of the unlabeled images, if there are any: to judge the pseudo labels by, and for --oracle",
     )
     masks = parser.add_argument_group(
         "segmentation",
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     masks.add_argument(
         "--unlabeled-truth-masks",
         metavar="FOLDER",
-        help="masks of the unlabeled images, if there are any: only to judge the pseudo masks by",
+        help="masks of the unlabeled images, if there are any: to judge the pseudo masks by, and for --oracle",
     )
     masks.add_argument(
         "--classes",
@@ -81,10 +84,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=1, metavar="N", help="with N > 1 the student becomes the teacher"
     )
     parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="make all rounds, also after one whose teacher labels the labeled images worse than the one before",
+    )
+    parser.add_argument(
         "--control",
         action="store_true",
         help="also train the teacher on for the student's steps on human labels alone, to compare with",
     )
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="also train a student on the true labels of the unlabeled images in place of the pseudo labels: the "
+        "ceiling of what these can give",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        metavar="N",
+        help="run the loop for each of these seeds, in DIR/seed_N, and sum up means and intervals; before another "
+        "--argument",
+    )
+    add_jobs_arguments(parser, "seeds")
+    parser.add_argument("--one-seed", type=int, help=argparse.SUPPRESS)  # of --seeds: what --jobs starts
     parser.add_argument(
         "--score-floor",
         type=float,
@@ -105,18 +128,49 @@ def run(args: argparse.Namespace) -> None:
     """Run the loop and print its summary."""
     log_to_console()
     task = _task(args)
+    seeds, devices = _seeds(args), devices_of(args)
     cfg = setup_config(args)
-    summary = self_train(
-        cfg,
-        task,
-        args.output,
-        rounds=args.rounds,
-        control=args.control,
-        score_floor=args.score_floor,
-        allow_unsafe=args.allow_unsafe,
-        processes=processes_of(args),
-    )
-    print("\n" + to_markdown(summary))
+    options = {
+        "rounds": args.rounds,
+        "control": args.control,
+        "oracle": args.oracle,
+        "keep_going": args.keep_going,
+        "score_floor": args.score_floor,
+        "allow_unsafe": args.allow_unsafe,
+        "processes": processes_of(args),
+    }
+    if args.one_seed is not None:
+        self_train(with_seed(cfg, args.one_seed), task, seed_folder(args.output, args.one_seed), **options)
+    elif seeds:
+        run_all = functools.partial(run_seeds, args.words, args.output, devices) if devices.jobs > 1 else None
+        summary = self_train_seeds(cfg, task, args.output, seeds, run_all, jobs=devices.jobs, **options)
+        print("\n" + seeds_to_markdown(summary))
+    else:
+        print("\n" + to_markdown(self_train(cfg, task, args.output, **options)))
+
+
+def _seeds(args: argparse.Namespace) -> list[int]:
+    """Those of --seeds; none without it.
+
+    Raises:
+        InputError: one is no seed or is named twice, or another argument says otherwise.
+    """
+    words = args.seeds or []
+    seeds = [int(word) for word in words if word.isdecimal()]
+    for word in words:
+        if not word.isdecimal():
+            raise InputError(
+                f"--seeds took {word} for a seed, which is no whole number from 0: put another --argument, or --, "
+                "after the seeds."
+            )
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise InputError(f"--seeds names {seed} twice.")
+    if words and "SEED" in args.opts:
+        raise InputError("--seeds sets SEED for each of its runs: leave one of the two out.")
+    if not words and (args.jobs is not None or args.devices is not None):
+        raise InputError("--jobs and --devices are about several seeds: give --seeds, or leave them out.")
+    return seeds
 
 
 def _task(args: argparse.Namespace) -> Task:

@@ -65,6 +65,13 @@ def log_to_file(path: str | os.PathLike) -> Iterator[None]:
         handler.close()
 
 
+def duration(seconds: float | None) -> str:
+    """A time in words."""
+    if seconds is None:
+        return "an unknown time"
+    return f"about {seconds / 3600:.1f} h" if seconds >= 3600 else f"about {seconds / 60:.0f} min"
+
+
 def _configured() -> list[logging.Logger]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:

@@ -7,13 +7,14 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from selftrain_d2.data.datasets import list_images, register_dataset
+from selftrain_d2.data.datasets import list_images, load_image_folder, register_dataset
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
@@ -31,6 +32,7 @@ from selftrain_d2.engine.launch import (
     run_in_processes,
     train,
 )
+from selftrain_d2.engine.oracle import ORACLE, true_labels
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.stage_record import PLACE, STARTING_WEIGHTS, run_stage, stage_settings
 from selftrain_d2.engine.summary import write_summary
@@ -45,6 +47,8 @@ from selftrain_d2.modeling.checkpoint import file_sha256, require_same_backbone
 logger = logging.getLogger(__name__)
 
 PSEUDO = "selftrain_pseudo"
+#: Of the loop with one seed, below the output folder of several: this and the seed.
+SEED_FOLDER = "seed_"
 
 
 def self_train(
@@ -54,6 +58,8 @@ def self_train(
     *,
     rounds: int = 1,
     control: bool = False,
+    oracle: bool = False,
+    keep_going: bool = False,
     score_floor: float = 0.05,
     allow_unsafe: bool = False,
     processes: Processes | None = None,
@@ -61,7 +67,7 @@ def self_train(
     """Train a teacher, label the unlabeled images with it, train a student on both kinds of labels.
 
     The stages are folders under ``output``: ``teacher/``, ``pseudo_labels/``, ``student/``, and
-    ``control/`` if asked for. Called again, finished stages are not redone and the one that was stopped
+    ``control/`` and ``oracle/`` if asked for. Called again, finished stages are not redone and the one that was stopped
     goes on: with the settings it was begun with, or corrected ones if it had no checkpoint yet or a mistake had stopped
     it. ``summary.json`` and ``summary.md`` come last; paths in them are relative to ``output``.
 
@@ -72,9 +78,14 @@ def self_train(
             paper's half and half).
         task: the images and labels.
         rounds: with N > 1 the student becomes the next teacher, N - 1 times; those stages are in
-            ``round_2/``, ...
+            ``round_2/``, ... Each round's teacher is judged by its labels of the labeled images (in
+            ``labels_of_labeled/``, ``round_2/labels_of_labeled/``, ...); one that is worse than the teacher before it
+            ends the rounds.
         control: also train, from the weights that the student started from, for its steps on human labels
             alone. What the student gains over this control is what the unlabeled images gave.
+        oracle: also train, from those weights and for those steps, on the withheld truth of the unlabeled images in
+            place of their pseudo labels: no labels of these images can give more. No other stage sees that truth.
+        keep_going: make all rounds, also after one whose teacher is worse.
         score_floor: pseudo boxes, or pixels, of a lower score are not even written.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: of training and labeling; one by default.
@@ -86,6 +97,39 @@ def self_train(
         InputError: the data has a fault, a config is refused, ``output`` lies in a folder of images, a stage under
             ``output`` was made with other settings, another loop is writing to it, or several machines were asked for.
     """
+    loop = checked_loop(
+        cfg,
+        task,
+        output,
+        rounds=rounds,
+        oracle=oracle,
+        score_floor=score_floor,
+        allow_unsafe=allow_unsafe,
+        processes=processes,
+    )
+    with writing(output):
+        loop.output.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(output)
+    with contextlib.closing(lock):
+        return loop.run(rounds, control, oracle, keep_going)
+
+
+def checked_loop(
+    cfg: CfgNode,
+    task: Task,
+    output: str | os.PathLike,
+    *,
+    rounds: int = 1,
+    oracle: bool = False,
+    score_floor: float = 0.05,
+    allow_unsafe: bool = False,
+    processes: Processes | None = None,
+) -> _Loop:
+    """The checks of :func:`self_train`, before anything is written.
+
+    Raises:
+        InputError: see there.
+    """
     if in_torchrun() or (processes is not None and processes.num_machines > 1):
         raise InputError(
             "self-train runs on one machine and starts its own processes: use --num-gpus without torchrun, or run "
@@ -96,13 +140,17 @@ def self_train(
     classes = task.check(cfg)
     if rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {rounds}.")
+    if oracle and not task.has_truth:
+        raise InputError(
+            f"--oracle trains on the truth of the unlabeled images: give {task.truth_argument}, or leave --oracle out."
+        )
     loop = _Loop(cfg, task, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
-    loop.check()
-    with writing(output):
-        loop.output.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(output)
-    with contextlib.closing(lock):
-        return loop.run(rounds, control)
+    if list(loop.output.glob(f"{SEED_FOLDER}*")):
+        raise InputError(
+            f"{output} holds runs of several seeds: give --seeds to go on with them, or choose another output folder."
+        )
+    loop.check(oracle)
+    return loop
 
 
 class _Loop:
@@ -126,7 +174,7 @@ class _Loop:
         self.allow_unsafe = allow_unsafe
         self.processes = processes
 
-    def check(self) -> None:
+    def check(self, oracle: bool) -> None:
         """Tell before any work what can be known of all stages: at the cost of the images' headers, and of no weights.
 
         Raises:
@@ -159,14 +207,26 @@ class _Loop:
             check_images((*teacher.DATASETS.TRAIN, *teacher.DATASETS.TEST))
         if start == "teacher" and None not in models:
             require_same_backbone(*models, student.MODEL.WEIGHTS)
+        if oracle:
+            self.task.truth_of(load_image_folder(self.task.unlabeled_images)[0], student.MODEL.MASK_ON)
 
-    def run(self, rounds: int, control: bool) -> dict[str, Any]:
+    def run(self, rounds: int, control: bool, oracle: bool, keep_going: bool) -> dict[str, Any]:
         """All stages and the summary."""
         start = time.perf_counter()
         teacher = self.train("teacher", self.teacher_config())
-        stages = {"teacher": teacher}
+        stages, judged = {"teacher": teacher}, []
+        stopped = None
         for number in range(1, rounds + 1):
             prefix = "" if number == 1 else f"round_{number}/"
+            if rounds > 1:
+                judged.append(self.judge(f"{prefix}labels_of_labeled", teacher))
+                worse = self.worse_than_before(judged)
+                if worse and not keep_going:
+                    stopped = f"{worse} The rounds end here; --keep-going goes on."
+                    logger.warning(stopped)
+                    break
+                if worse:
+                    logger.warning(worse)
             stages[f"{prefix}pseudo_labels"] = labels = self.label(f"{prefix}pseudo_labels", teacher)
             student = self.train(
                 f"{prefix}student",
@@ -176,6 +236,14 @@ class _Loop:
             stages[f"{prefix}student"] = teacher = student
         if control:
             stages["control"] = self.train("control", self.control_config(stages["teacher"]))
+        if oracle:
+            cfg, folder = self.oracle_config(stages["teacher"]), self.output / "pseudo_labels"
+            stages["oracle"] = self.train(
+                "oracle",
+                cfg,
+                true_labels(self.task, folder, cfg.MODEL.MASK_ON),
+                further_settings=self.task.truth_fingerprint(),
+            )
         summary = {
             "task": self.task.name,
             "seed": self.cfg.SEED,
@@ -183,6 +251,10 @@ class _Loop:
             "seconds_of_last_run": round(time.perf_counter() - start, 1),
             "stages": stages,
         }
+        if judged:
+            summary["labels_of_labeled"] = {"metric": self.task.metrics[0], "by_round": judged}
+        if stopped:
+            summary["stopped"] = stopped
         return write_summary(self.output, summary, self.config_of("student"), self.task)
 
     def teacher_config(self) -> CfgNode:
@@ -201,6 +273,12 @@ class _Loop:
         cfg.SELFTRAIN.STAGE = self.cfg.SELFTRAIN.STAGE + number
         cfg.DATASETS.PSEUDO_TRAIN = (PSEUDO,)
         cfg.SOLVER.PSEUDO_IMS_PER_BATCH = self.cfg.SOLVER.PSEUDO_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
+        return cfg
+
+    def oracle_config(self, teacher: dict[str, Any]) -> CfgNode:
+        """The first student's, but for whose labels the unlabeled images have."""
+        cfg = self.student_config(teacher, 1)
+        cfg.DATASETS.PSEUDO_TRAIN = (ORACLE,)
         return cfg
 
     def control_config(self, teacher: dict[str, Any]) -> CfgNode:
@@ -227,13 +305,25 @@ class _Loop:
         cfg.merge_from_list([word for key in PLACE for word in (key, value_of(self.cfg, key))])
         return cfg
 
-    def train(self, stage: str, cfg: CfgNode, *datasets: DatasetSpec) -> dict[str, Any]:
-        """Train one stage, or take what it made before."""
+    def train(
+        self,
+        stage: str,
+        cfg: CfgNode,
+        *datasets: DatasetSpec,
+        further_settings: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Train one stage, or take what it made before.
+
+        Args:
+            datasets: beside the labeled images and those of validation.
+            further_settings: what else its result depends on.
+        """
         cfg.OUTPUT_DIR = str(self.output / stage)
         settings = {
             **stage_settings(cfg),
             STARTING_WEIGHTS: file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
             **self.task.fingerprint(),
+            **(further_settings or {}),
         }
 
         def work() -> dict[str, Any]:
@@ -262,16 +352,8 @@ class _Loop:
 
     def label(self, stage: str, teacher: dict[str, Any]) -> dict[str, Any]:
         """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
-        folder = self.output / stage
-        cfg = self.config_of(teacher["stage"])
         images = self.task.unlabeled_images
-        logger.info(f"Labeling {images} with {cfg.MODEL.WEIGHTS}")
-        run_in_processes(
-            _label,
-            self.processes,
-            (cfg, images, list_images(images), str(folder), self.score_floor),
-            cfg.MODEL.DEVICE,
-        )
+        folder = self.label_images(stage, teacher, images, list_images(images))
         counts = self.task.count(folder, self.cfg)
         if not counts:
             raise InputError(
@@ -286,6 +368,31 @@ class _Loop:
             **counts,
             "seconds": manifest["seconds_of_last_run"],
         }
+
+    def label_images(self, stage: str, teacher: dict[str, Any], images: str, names: Sequence[str]) -> Path:
+        """Label images of a folder, or take what was labeled before."""
+        folder = self.output / stage
+        cfg = self.config_of(teacher["stage"])
+        logger.info(f"Labeling {images} with {cfg.MODEL.WEIGHTS}")
+        arguments = cfg, images, names, str(folder), self.score_floor
+        run_in_processes(_label, self.processes, arguments, cfg.MODEL.DEVICE)
+        return folder
+
+    def judge(self, stage: str, teacher: dict[str, Any]) -> float | None:
+        """How well a round's teacher labels the labeled images, which it was trained on: in percent, as it labels."""
+        folder = self.label_images(stage, teacher, self.task.labeled_images, self.task.labeled_names())
+        return self.task.judge_on_labeled(folder)
+
+    def worse_than_before(self, judged: Sequence[float | None]) -> str | None:
+        """A sentence if the last round's teacher labels the labeled images worse than the one before it."""
+        before, now = (0.0 if value is None else value for value in [None, *judged][-2:])
+        if len(judged) < 2 or now >= before:
+            return None
+        metric = self.task.metrics[0]
+        return (
+            f"The teacher of round {len(judged)} labels the labeled images worse than that of round {len(judged) - 1} "
+            f"({metric} {now:.1f} after {before:.1f}), so that its pseudo labels are likely to be worse as well."
+        )
 
 
 def _final_weights(cfg: CfgNode) -> str:

@@ -19,6 +19,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     selection_from_config,
     selection_in_words,
 )
+from selftrain_d2.engine.findings import in_words
 from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, evaluations
 from selftrain_d2.files import write_json, write_text
@@ -44,8 +45,10 @@ def write_summary(output: Path, summary: dict[str, Any], student: CfgNode, task:
     """
     summary["selected"] = selection_in_words(student)
     summary |= task.judge(output, summary["score_thresh"])
+    summary |= task.facts_of_labels(output, student)
     _draw_contact_sheet(output, summary, student, task)
     summary["versions"] = {"torch": torch.__version__, "detectron2": detectron2.__version__}
+    summary = {"in_words": in_words([summary]), **summary}
     write_text(output / SUMMARY_MARKDOWN, to_markdown(summary))
     write_json(output / SUMMARY, summary)
     logger.info(f"Results: {output / SUMMARY_MARKDOWN}")
@@ -57,6 +60,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
     stages, task = summary["stages"], TASKS[summary["task"]]
     lines = [
         "# Self-training summary",
+        "",
+        " ".join(summary["in_words"]),
         "",
         f"| stage | {' | '.join(task.metrics)} | steps | images a step (human + pseudo) | minutes |",
         "|---" * (len(task.metrics) + 4) + "|",
@@ -79,6 +84,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
             ]
     lines += [
         "",
+        *_rounds(summary),
         *task.further_lines(summary),
         f"![Contact sheet]({CONTACT_SHEET})",
         "",
@@ -86,6 +92,22 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"torch {summary['versions']['torch']}, detectron2 {summary['versions']['detectron2']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rounds(summary: dict[str, Any]) -> list[str]:
+    """How each round's teacher labels the labeled images."""
+    judged = summary.get("labels_of_labeled")
+    if judged is None:
+        return []
+    values = (
+        f"round {number} {'-' if value is None else f'{value:.1f}'}"
+        for number, value in enumerate(judged["by_round"], 1)
+    )
+    return [
+        f"{judged['metric']} of each round's teacher on the labeled images, which it was trained on: "
+        f"{', '.join(values)}.",
+        "",
+    ]
 
 
 def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode, task: Task) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +35,16 @@ class Task(ABC):
     #: Group of detectron2's evaluation results, and those of its metrics in the table of stages.
     results: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
+    #: The field, and the argument of the command line, with the withheld labels of the unlabeled images.
+    truth_field: ClassVar[str]
+
+    @property
+    def truth_argument(self) -> str:
+        return f"--{self.truth_field.replace('_', '-')}"
+
+    @property
+    def has_truth(self) -> bool:
+        return getattr(self, self.truth_field) is not None
 
     @abstractmethod
     def check(self, cfg: CfgNode) -> list[str]:
@@ -59,6 +70,34 @@ class Task(ABC):
         """Hashes of the labels that a stage depends on."""
 
     @abstractmethod
+    def truth_fingerprint(self) -> dict[str, str]:
+        """Hashes of the withheld labels; only for a task that has them."""
+
+    @abstractmethod
+    def truth_of(self, samples: Samples, masks: bool = False) -> list[dict[str, Any]]:
+        """Unlabeled images with their withheld labels in place of any others; only for a task that has them.
+
+        Args:
+            samples: dataset dicts, of which only the image counts.
+            masks: whether masks of objects are learned.
+
+        Raises:
+            InputError: an image has no truth, or truth of another size.
+        """
+
+    @abstractmethod
+    def labeled_names(self) -> list[str]:
+        """The labeled images, relative to their folder."""
+
+    @abstractmethod
+    def judge_on_labeled(self, folder: Path) -> float | None:
+        """Judge a teacher by its labels of the labeled images: the first of ``metrics``, in percent.
+
+        Args:
+            folder: those labels, with all scores down to the floor.
+        """
+
+    @abstractmethod
     def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
         """Fit a model to the data, in place."""
 
@@ -69,6 +108,20 @@ class Task(ABC):
     @abstractmethod
     def judge(self, output: Path, score_thresh: float) -> dict[str, Any]:
         """Judge the pseudo labels where truth is known: further entries of the summary, perhaps a picture."""
+
+    def facts_of_labels(self, output: Path, cfg: CfgNode) -> dict[str, Any]:
+        """What tells whether those pseudo labels that the student was trained on are too few or too wrong: further
+        entries of the summary, for :meth:`fault_of_labels`."""
+        return {}
+
+    @staticmethod
+    @abstractmethod
+    def fault_of_labels(runs: Sequence[Mapping[str, Any]]) -> str | None:
+        """What is wrong with the pseudo labels, and what to change, in words; None if nothing is seen.
+
+        Args:
+            runs: summaries of the loop, one a seed.
+        """
 
     @abstractmethod
     def draw(self, output: Path, names: Sequence[str], pseudo: Samples, students: Samples) -> None:
@@ -100,6 +153,33 @@ class Task(ABC):
     @abstractmethod
     def further_lines(summary: dict[str, Any]) -> list[str]:
         """What the summary's page has besides, in Markdown."""
+
+
+#: Rules of thumb: from here down pseudo labels are said to be too few (share of the truth that they have), or too
+#: wrong (share of them that is right).
+LEAST_RECALL, LEAST_PRECISION = 0.5, 0.7
+
+_REMEDIES = {
+    (True, False): "that is too few: lower SELFTRAIN.SCORE_THRESH, or train the teacher longer",
+    (False, True): "that is too many wrong ones: raise SELFTRAIN.SCORE_THRESH, or train the teacher longer",
+    (
+        True,
+        True,
+    ): "that is both too few and too wrong, which no threshold mends: the teacher must become better, by "
+    "more labeled images or more steps",
+}
+
+
+def fault(found: str, *, few: bool, wrong: bool) -> str | None:
+    """A sentence of what was found with what to change; None where the labels are neither too few nor too wrong."""
+    remedy = _REMEDIES.get((few, wrong))
+    return f"{found}; {remedy}." if remedy else None
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def evaluations(stages: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,25 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from selftrain_d2.data.coco_datasets import reading_coco
+from selftrain_d2.data.coco_file import CocoFile
 from selftrain_d2.data.datasets import check_same_classes, list_images, read_human_coco
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task
+from selftrain_d2.engine.tasks.base import (
+    CONTACT_SHEET,
+    LABELED,
+    LEAST_PRECISION,
+    LEAST_RECALL,
+    VALIDATION,
+    Samples,
+    Task,
+    fault,
+    mean_of,
+)
 from selftrain_d2.errors import InputError
 from selftrain_d2.inspection.box_quality import (
     QualityRow,
@@ -30,6 +42,9 @@ from selftrain_d2.inspection.box_sheet import contact_sheet
 from selftrain_d2.modeling.checkpoint import file_sha256
 
 PRECISION_RECALL = "precision_recall.png"
+#: Rules of thumb, where there is no truth: pseudo boxes an image over those of people from which they are said to be
+#: too few, or too many, of which some must be wrong.
+LEAST_BOXES_RATIO, MOST_BOXES_RATIO = 0.5, 1.5
 
 
 @dataclass
@@ -44,6 +59,7 @@ class Detection(Task):
     name = "detection"
     results = "bbox"
     metrics = ("AP", "AP50", "AP75")
+    truth_field = "unlabeled_truth_json"
 
     def check(self, cfg: CfgNode) -> list[str]:
         if is_segmentor(cfg):
@@ -76,6 +92,43 @@ class Detection(Task):
     def fingerprint(self) -> dict[str, str]:
         return {"labeled_json_sha256": file_sha256(self.labeled_json)}
 
+    def truth_fingerprint(self) -> dict[str, str]:
+        return {"unlabeled_truth_json_sha256": file_sha256(self.unlabeled_truth_json)}
+
+    def truth_of(self, samples: Samples, masks: bool = False) -> list[dict[str, Any]]:
+        truth = {os.path.realpath(d["file_name"]): d for d in self._truth(masks)}
+        labeled = []
+        for sample in samples:
+            true = truth.get(os.path.realpath(sample["file_name"]))
+            if true is None:
+                raise InputError(
+                    f"{self.unlabeled_truth_json} has no entry of the unlabeled image {sample['file_name']}, but "
+                    "--oracle trains on the truth of all: add it (without annotations if it shows no object), or leave "
+                    "--oracle out."
+                )
+            for key in ("height", "width"):
+                if true[key] != sample[key]:
+                    raise InputError(
+                        f"{self.unlabeled_truth_json} says that {sample['file_name']} has the {key} {true[key]}, but "
+                        f"it has {sample[key]}: correct it there."
+                    )
+            image = {key: sample[key] for key in ("file_name", "image_id", "height", "width")}
+            labeled.append({**image, "annotations": true["annotations"]})
+        if not any(not a["iscrowd"] for d in labeled for a in d["annotations"]):
+            raise InputError(f"{self.unlabeled_truth_json} has no object for --oracle to learn from.")
+        return labeled
+
+    def labeled_names(self) -> list[str]:
+        return [image["file_name"] for image in self._labeled().content["images"]]
+
+    def judge_on_labeled(self, folder: Path) -> float | None:
+        labels = load_pseudo_labels(folder, read_manifest(folder)["score_floor"])
+        with registered([human_labels(LABELED, self.labeled_json, self.labeled_images)]):
+            return average_precision(labels, DatasetCatalog.get(LABELED))[self.metrics[0]]
+
+    def _labeled(self) -> CocoFile:
+        return read_human_coco(self.labeled_json, self.labeled_images)
+
     def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
         cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = number
 
@@ -104,11 +157,49 @@ class Detection(Task):
             "pseudo_label_ap": average_precision(predictions, truth),
         }
 
-    def _truth(self) -> list[dict[str, Any]] | None:
+    def facts_of_labels(self, output: Path, cfg: CfgNode) -> dict[str, Any]:
+        labeled = self._labeled()
+        people = sum(not annotation["iscrowd"] for annotation in labeled.annotations)
+        facts: dict[str, Any] = {"human_boxes_per_image": people / len(labeled.content["images"])}
+        truth = self._truth()
+        if truth is not None:
+            folder = output / "pseudo_labels"
+            selection = selection_from_config(cfg, read_manifest(folder)["thing_classes"])
+            selected = load_pseudo_labels(folder, **selection)
+            everything = precision_recall_by_threshold(selected, truth, thresholds=[0.0])[0]
+            facts["selected_quality"] = {"precision": everything.precision, "recall": everything.recall}
+        return facts
+
+    @staticmethod
+    def fault_of_labels(runs: Sequence[Mapping[str, Any]]) -> str | None:
+        quality = [run["selected_quality"] for run in runs if "selected_quality" in run]
+        precision, recall = (mean_of(row[key] for row in quality) for key in ("precision", "recall"))
+        if precision is not None and recall is not None:
+            return fault(
+                f"Of the pseudo boxes {precision:.0%} are right, and of the objects {recall:.0%} have one (by the "
+                "withheld truth)",
+                few=recall < LEAST_RECALL,
+                wrong=precision < LEAST_PRECISION,
+            )
+        labels = [run["stages"]["pseudo_labels"] for run in runs]
+        pseudo = mean_of(stage["boxes"] / (stage["images"] - stage["skipped"]) for stage in labels)
+        human = mean_of(run.get("human_boxes_per_image") for run in runs)
+        if not human or pseudo is None:
+            return None
+        return fault(
+            f"The pseudo labels have {pseudo:.1f} boxes an image, people drew {human:.1f} in the labeled ones",
+            few=pseudo < LEAST_BOXES_RATIO * human,
+            wrong=pseudo > MOST_BOXES_RATIO * human,
+        )
+
+    def _truth(self, masks: bool = False) -> list[dict[str, Any]] | None:
         if self.unlabeled_truth_json is None:
             return None
         name = "selftrain_unlabeled_truth"
-        with registered([human_labels(name, self.unlabeled_truth_json, self.unlabeled_images)]):
+        with (
+            registered([human_labels(name, self.unlabeled_truth_json, self.unlabeled_images)]),
+            reading_coco([name], masks=masks),
+        ):
             return DatasetCatalog.get(name)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 
 from selftrain_d2.data.datasets import list_images, load_image_folder
 from selftrain_d2.data.label_maps import VOID, read_label_map
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset
 from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
@@ -20,7 +21,18 @@ from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, LABELED, VALIDATION, Samples, Task, evaluations
+from selftrain_d2.engine.tasks.base import (
+    CONTACT_SHEET,
+    LABELED,
+    LEAST_PRECISION,
+    LEAST_RECALL,
+    VALIDATION,
+    Samples,
+    Task,
+    evaluations,
+    fault,
+    mean_of,
+)
 from selftrain_d2.errors import InputError
 from selftrain_d2.inspection.mask_quality import (
     DEFAULT_THRESHOLDS,
@@ -45,6 +57,7 @@ class Segmentation(Task):
     name = "segmentation"
     results = "sem_seg"
     metrics = ("mIoU", "fwIoU", "pACC")
+    truth_field = "unlabeled_truth_masks"
 
     def check(self, cfg: CfgNode) -> list[str]:
         classes = list(self.classes)
@@ -76,10 +89,38 @@ class Segmentation(Task):
         return [human_masks(*folder, self.classes) for folder in folders]
 
     def fingerprint(self) -> dict[str, str]:
+        masks = load_segmentation_folder(self.labeled_images, self.labeled_masks, self.classes)
+        return {"labeled_masks_sha256": self._hash({d["image_id"]: d["sem_seg_file_name"] for d in masks})}
+
+    def truth_fingerprint(self) -> dict[str, str]:
+        return {"unlabeled_truth_masks_sha256": self._hash(self._truth())}
+
+    def _hash(self, masks: Mapping[str, str]) -> str:
+        """Of the classes, and of mask files by image."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
-        for d in load_segmentation_folder(self.labeled_images, self.labeled_masks, self.classes):
-            digest.update(f"\0{d['image_id']}\0{file_sha256(d['sem_seg_file_name'])}".encode())
-        return {"labeled_masks_sha256": digest.hexdigest()}
+        for image_id, file in masks.items():
+            digest.update(f"\0{image_id}\0{file_sha256(file)}".encode())
+        return digest.hexdigest()
+
+    def truth_of(self, samples: Samples, masks: bool = False) -> list[dict[str, Any]]:
+        truth = self._truth()
+        return [
+            {
+                **{key: sample[key] for key in ("file_name", "image_id", "height", "width")},
+                "sem_seg_file_name": truth[sample["image_id"]],
+            }
+            for sample in samples
+        ]
+
+    def labeled_names(self) -> list[str]:
+        return list_images(self.labeled_images)
+
+    def judge_on_labeled(self, folder: Path) -> float | None:
+        masks = load_segmentation_folder(self.labeled_images, self.labeled_masks, self.classes)
+        floor = read_manifest(folder)["score_floor"]
+        true = {d["image_id"]: d["sem_seg_file_name"] for d in masks}
+        (row,) = mask_quality(load_pseudo_labels(folder, floor), true, self.classes, [floor])
+        return None if row.mean_iou is None else 100 * row.mean_iou
 
     def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = number
@@ -114,6 +155,27 @@ class Segmentation(Task):
             self.unlabeled_images, self.unlabeled_truth_masks, self.classes, names=readable
         )
         return {d["image_id"]: d["sem_seg_file_name"] for d in truth}
+
+    @staticmethod
+    def fault_of_labels(runs: Sequence[Mapping[str, Any]]) -> str | None:
+        rows = [
+            row
+            for run in runs
+            for row in run.get("pseudo_mask_quality", ())
+            if row["threshold"] == run["score_thresh"]
+        ]
+        if rows:
+            right = mean_of(row["pixel_accuracy"] for row in rows)
+            kept = 1 - mean_of(row["ignored"] for row in rows)
+            known = f", of which {right:.0%} are right (by the withheld truth)" if right is not None else ""
+        else:
+            right, known = None, ""
+            kept = 1 - mean_of(run["stages"]["pseudo_labels"]["ignored_share"] for run in runs)
+        return fault(
+            f"The score threshold leaves {kept:.0%} of the pixels a class{known}",
+            few=kept * (1 if right is None else right) < LEAST_RECALL,
+            wrong=right is not None and right < LEAST_PRECISION,
+        )
 
     @staticmethod
     def interesting(pseudo: PseudoMaskDataset) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from selftrain_d2.engine.logs import duration
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.cell_record import (
     FAILED,
@@ -234,13 +235,6 @@ def estimate(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]], jo
             return None
         total += seconds
     return total / min(jobs, max(1, len(cells)))
-
-
-def duration(seconds: float | None) -> str:
-    """A time in words."""
-    if seconds is None:
-        return "an unknown time"
-    return f"about {seconds / 3600:.1f} h" if seconds >= 3600 else f"about {seconds / 60:.0f} min"
 
 
 def dry_run(grid: Grid, root: Path, devices: Devices, state: State) -> str:

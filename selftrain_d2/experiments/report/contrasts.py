@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from selftrain_d2.engine.intervals import PairedTest, paired_test
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.cell_record import FINISHED
 from selftrain_d2.experiments.grid.definition import Cell, Grid, Scalar, as_list, matches
 from selftrain_d2.experiments.grid.words import STEP, check_keys, check_known, check_mapping
 from selftrain_d2.experiments.report.figure_spec import is_number
-from selftrain_d2.experiments.report.intervals import PairedTest, paired_test
 from selftrain_d2.experiments.report.results import CellResult, Experiment
 
 _KEYS = ("name", "title", "metric", "repeats", "terms")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
+from selftrain_d2.engine.intervals import Interval, PairedTest
 from selftrain_d2.experiments.grid.cell_record import FAILED
 from selftrain_d2.experiments.report.contrasts import Answer, answer, contrasts_of
 from selftrain_d2.experiments.report.figure_spec import Figure, figures_of
 from selftrain_d2.experiments.report.figures import draw_figure
-from selftrain_d2.experiments.report.intervals import Interval, PairedTest
 from selftrain_d2.experiments.report.paper_tables import PAPER_TABLES
 from selftrain_d2.experiments.report.results import Experiment, to_json
 from selftrain_d2.experiments.report.series import Comparison, Line, Point, comparisons_of, lines_of

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from selftrain_d2.engine.intervals import Interval, PairedTest, mean_interval, paired_test
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.cell_record import FAILED, FINISHED
 from selftrain_d2.experiments.grid.definition import Scalar, matches
 from selftrain_d2.experiments.grid.words import STEP
 from selftrain_d2.experiments.report.figure_spec import Figure
-from selftrain_d2.experiments.report.intervals import Interval, PairedTest, mean_interval, paired_test
 from selftrain_d2.experiments.report.results import CellResult, Experiment
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from selftrain_d2.experiments.report.intervals import Interval, mean_interval, paired_test
+from selftrain_d2.engine.intervals import Interval, mean_interval, paired_test
 
 
 def density(t, degrees):

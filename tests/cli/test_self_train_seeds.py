@@ -1,0 +1,128 @@
+"""``self-train --seeds`` through the public command: in one process, resumed, and as several processes."""
+
+import json
+import sys
+
+import pytest
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
+
+from selftrain_d2.cli import jobs, main
+from selftrain_d2.engine import pipeline
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Two seeds of a loop of one step a stage."""
+    labeled = make_coco_set(tmp_path / "labeled", 3, seed=1)
+    unlabeled = make_coco_set(tmp_path / "unlabeled", 3, seed=2)
+    return [
+        "self-train", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml", "--seeds", "0", "1",
+        "--labeled-json", labeled.json_file, "--labeled-images", labeled.images,
+        "--unlabeled-images", unlabeled.images,
+        "--val-json", labeled.json_file, "--val-images", labeled.images,
+        "--score-floor", "0.001", "--output", str(tmp_path / "output"),
+        *SMALL_MODEL[:-2], "SOLVER.MAX_ITER", "1", "SELFTRAIN.SCORE_THRESH", "0.005",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_stopped_in_the_second_seed_and_resumed(command, tmp_path, monkeypatch, capsys):
+    output, train = tmp_path / "output", pipeline.train
+
+    def until_the_second_student(cfg, *arguments, **options):
+        if cfg.OUTPUT_DIR.endswith("seed_1/student"):
+            raise KeyboardInterrupt
+        train(cfg, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train", until_the_second_student)
+        assert main(command) == 130
+    assert "1 of 2 seeds, about" in capsys.readouterr().out and not (output / "summary.json").exists()
+    made = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}
+    assert {p.relative_to(output).parts[:2] for p in made} >= {("seed_0", "student"), ("seed_1", "teacher")}
+
+    assert main(command) == 0
+    assert all(p.stat().st_mtime_ns == then for p, then in made.items())
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["seeds"] == [0, 1] and summary["runs"] == ["seed_0/summary.json", "seed_1/summary.json"]
+    for seed in (0, 1):
+        one = json.loads((output / f"seed_{seed}" / "summary.json").read_text())
+        assert one["seed"] == seed and next(iter(one)) == "in_words"
+        assert f"\nSEED: {seed}\n" in (output / f"seed_{seed}" / "student" / "config.yaml").read_text()
+    printed = capsys.readouterr().out
+    assert (output / "summary.md").read_text().strip() in printed
+    assert "2 of 2 seeds, about 0 min to go" in printed
+
+    # A folder is of one seed or of several.
+    assert_refused(command[:3] + command[6:], capsys, "holds runs of several seeds: give --seeds")
+    (tmp_path / "single" / "teacher").mkdir(parents=True)
+    command[command.index("--output") + 1] = str(tmp_path / "single")
+    assert_refused(command, capsys, "holds a run of one seed")
+
+
+PROGRAM = """
+import json, os, sys, time
+words = sys.argv[1:]
+assert words[:2] == ["self-train", "--one-seed"], words
+seed, output = int(words[2]), words[words.index("--output") + 1]
+print("threads", os.environ["OMP_NUM_THREADS"])
+if seed == int(os.environ.get("FAULTY", -1)):
+    print("selftrain-d2 self-train: error: it is bad")
+    sys.exit(2)
+open(os.path.join(output, f"running_{seed}"), "w").close()
+end = time.monotonic() + 30
+while seed < 2 and not all(os.path.exists(os.path.join(output, f"running_{i}")) for i in (0, 1)):
+    assert time.monotonic() < end  # 0 and 1 run at the same time
+    time.sleep(0.02)
+values = {"student": 31.0 + seed, "control": 30.0 + seed}
+stages = {name: {"metrics": {"bbox": {"AP": value}}, "seconds": 60.0} for name, value in values.items()}
+stages["pseudo_labels"] = {"boxes": 4, "images": 2, "skipped": 0, "seconds": 60.0}
+summary = {"task": "detection", "seed": seed, "score_thresh": 0.5, "stages": stages}
+with open(os.path.join(output, f"seed_{seed}", "summary.json"), "w") as file:
+    json.dump(summary, file)
+"""
+
+
+def test_two_at_a_time(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(jobs, "program_words", lambda _: [sys.executable, str(tmp_path / "program.py")])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command[5:6] = ["1", "2", "--jobs", "2"]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert summary["differences"]["student - control"]["by_seed"] == [1.0, 1.0, 1.0]
+    assert "threads 1" in (tmp_path / "output" / "seed_2" / "log.txt").read_text()
+    # Three stages of a minute a seed; with one of three done, two at a time need that once more.
+    assert "1 of 3 seeds, about 3 min to go" in capsys.readouterr().out
+
+
+def test_a_seed_that_fails_is_told_when_the_others_are_done(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(jobs, "program_words", lambda _: [sys.executable, str(tmp_path / "program.py")])
+    monkeypatch.setenv("FAULTY", "3")
+    command[4:6] = ["3", "2", "--jobs", "2"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "seed 3 ended with exit status 2" in error and error.strip().endswith("error: it is bad")
+    assert (tmp_path / "output" / "seed_2" / "summary.json").exists()
+    assert not (tmp_path / "output" / "summary.json").exists()
+
+
+def _seeds_before_the_keys(command):
+    keys = command.index("MODEL.DEVICE")
+    return [*command[:3], *command[6:keys], "--seeds", "0", *command[keys:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (_seeds_before_the_keys, "--seeds took MODEL.DEVICE for a seed"),
+        (lambda c: [*c[:5], "0", *c[6:]], "--seeds names 0 twice"),
+        (lambda c: [*c, "SEED", "3"], "leave one of the two out"),
+        (lambda c: [*c[:3], "--jobs", "2", *c[6:]], "give --seeds"),
+        (lambda c: [*c[:3], "--jobs", "0", *c[3:]], "--jobs must be at least 1"),
+        (lambda c: [*c[:3], "--oracle", *c[3:]], "--oracle trains on the truth of the unlabeled images"),
+    ],
+)  # fmt: skip
+def test_mistakes(command, tmp_path, capsys, change, fragment):
+    assert_refused(change(command), capsys, fragment, output=tmp_path / "output")
