@@ -15,11 +15,13 @@ import cv2
 import pytest
 import torch
 from conftest import SMALL_MODEL, assert_refused, make_coco_set
+from detectron2.data import DatasetCatalog
 
 from selftrain_d2 import InputError, SelfTrainingTrainer, load_pseudo_labels
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.engine import pipeline, stage_record
+from selftrain_d2.engine.tasks import Detection
 
 STEPS = ["SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SELFTRAIN.SCORE_THRESH", "0.005"]
 
@@ -43,13 +45,42 @@ def command(tmp_path):
 
 
 def test_the_loop(command, tmp_path, monkeypatch, capsys):
-    assert main(command) == 0
+    command = [*command[:1], "--oracle", *command[1:]]
+    known, train = {}, pipeline.train
+
+    def note_datasets(cfg, datasets, **options):
+        known[os.path.basename(cfg.OUTPUT_DIR)] = [name for name, *_ in datasets]
+        assert "selftrain_oracle" not in DatasetCatalog
+        train(cfg, datasets, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train", note_datasets)
+        assert main(command) == 0
     output = tmp_path / "output"
     summary = json.loads((output / "summary.json").read_text())
 
     stages = summary["stages"]
-    assert list(stages) == ["teacher", "pseudo_labels", "student", "control"]
-    for name, pseudo_images in (("teacher", 0), ("student", 2), ("control", 0)):
+    assert list(stages) == ["teacher", "pseudo_labels", "student", "control", "oracle"]
+    # The truth is the oracle's alone, which in all else is the student.
+    human = ["selftrain_labeled", "selftrain_validation"]
+    assert known == {
+        "teacher": human, "student": [*human, "selftrain_pseudo"], "control": human,
+        "oracle": [*human, "selftrain_oracle"],
+    }  # fmt: skip
+    student, oracle = (
+        json.loads((output / name / "stage.json").read_text())["settings"] for name in ("student", "oracle")
+    )
+    assert oracle.pop("unlabeled_truth_json_sha256")
+    assert student.pop("DATASETS.PSEUDO_TRAIN") != oracle.pop("DATASETS.PSEUDO_TRAIN")
+    assert oracle == student and "weights_sha256" in student
+    assert all(
+        "STAGE: 1\n" in (output / name / "config.yaml").read_text()
+        for name in ("student", "control", "oracle")
+    )
+    page = (output / "summary.md").read_text().splitlines()
+    assert page[2] == " ".join(summary["in_words"]) and summary["human_boxes_per_image"] > 0
+    assert set(summary["selected_quality"]) == {"precision", "recall"}
+    for name, pseudo_images in (("teacher", 0), ("student", 2), ("control", 0), ("oracle", 2)):
         assert set(stages[name]["metrics"]["bbox"]) >= {"AP", "AP50", "AP75"}
         assert stages[name]["pseudo_images_per_step"] == pseudo_images
         assert (
@@ -80,6 +111,13 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}
     assert main(command) == 0
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}
+
+    # A truth that does not fit is refused before anything is done, other truth when the oracle is asked for.
+    truth = tmp_path / "unlabeled" / "labels.json"
+    content = truth.read_text()
+    truth.write_text(content.replace('"iscrowd": 0', '"iscrowd": 0, "by": "another"'))
+    assert main(command) == 2 and "another unlabeled_truth_json_sha256" in capsys.readouterr().err
+    truth.write_text(content)
 
     # Other settings are refused, naming the key.
     assert main([*command, "SOLVER.BASE_LR", "0.5"]) == 2
@@ -155,9 +193,36 @@ def test_killed_and_started_again(command, tmp_path):
     assert starts[0] == 0 and starts[1] > 0
 
 
-def test_two_rounds(command, tmp_path):
+def test_a_worse_second_round_is_not_made_unless_asked_for(command, tmp_path, monkeypatch, capsys):
     command.remove("--control")
-    assert main([*command[:1], "--rounds", "2", *command[1:]]) == 0
+    judged, labels = [], []
+
+    def judge(self, folder):
+        labels.append(os.path.relpath(folder, tmp_path / "output"))
+        assert len(load_pseudo_labels(folder, 0.001)) == 6  # the labeled images
+        return judged[len(labels) - 1]
+
+    monkeypatch.setattr(Detection, "judge_on_labeled", judge)
+    command = [*command[:1], "--rounds", "2", *command[1:]]
+    judged[:] = [61.2, 60.7]
+    assert main(command) == 0
+    output = tmp_path / "output"
+    assert labels == ["labels_of_labeled", "round_2/labels_of_labeled"]
+    summary = json.loads((output / "summary.json").read_text())
+    assert list(summary["stages"]) == ["teacher", "pseudo_labels", "student"]
+    sentence = (
+        "The teacher of round 2 labels the labeled images worse than that of round 1 (AP 60.7 after 61.2)"
+    )
+    assert summary["stopped"].startswith(sentence) and "--keep-going" in summary["stopped"]
+    assert summary["labels_of_labeled"] == {"metric": "AP", "by_round": [61.2, 60.7]}
+    assert summary["stopped"] in (page := capsys.readouterr().out) and "round 1 61.2, round 2 60.7" in page
+    assert not (output / "round_2" / "pseudo_labels").exists()
+
+    labels.clear()
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}
+    assert main([*command[:1], "--keep-going", *command[1:]]) == 0
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items())
+    assert "stopped" not in json.loads((output / "summary.json").read_text())
     summary = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert list(summary["stages"]) == [
         "teacher", "pseudo_labels", "student", "round_2/pseudo_labels", "round_2/student",
@@ -175,7 +240,7 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
     command.remove("--control")
     student = "('MODEL.FPN.OUT_CHANNELS', 24, 'SELFTRAIN.WEIGHT_EMA_DECAY', 0.9)"
     options = ["SELFTRAIN.STUDENT", student, "SELFTRAIN.STUDENT_WEIGHTS", "random"]
-    assert main([*command[:1], "--rounds", "2", *command[1:], *options]) == 0
+    assert main([*command[:1], "--rounds", "2", "--keep-going", *command[1:], *options]) == 0
     output = tmp_path / "output"
     summary = json.loads((output / "summary.json").read_text())
     average = os.path.join("student", "weight_average", "model_final.pth")

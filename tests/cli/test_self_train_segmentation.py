@@ -78,13 +78,13 @@ def _command(data, tmp_path, *options, **changes):
 
 def test_the_loop(data, tmp_path, capsys):
     (data["unlabeled"] / "images" / "broken.png").write_bytes(b"not an image")
-    command = _command(data, tmp_path, "--control")
+    command = _command(data, tmp_path, "--control", "--oracle")
     assert main(command) == 0
     output = tmp_path / "output"
     summary = json.loads((output / "summary.json").read_text())
     stages = summary["stages"]
-    assert list(stages) == ["teacher", "pseudo_labels", "student", "control"]
-    for name, pseudo_images in (("teacher", 0), ("student", 2), ("control", 0)):
+    assert list(stages) == ["teacher", "pseudo_labels", "student", "control", "oracle"]
+    for name, pseudo_images in (("teacher", 0), ("student", 2), ("control", 0), ("oracle", 2)):
         metrics = stages[name]["metrics"]["sem_seg"]
         assert set(metrics) >= {"mIoU", "pACC", *(f"IoU-{c}" for c in CLASSES)}
         assert stages[name]["pseudo_images_per_step"] == pseudo_images
@@ -108,7 +108,7 @@ def test_the_loop(data, tmp_path, capsys):
 
     page = (output / "summary.md").read_text()
     assert page.strip() in capsys.readouterr().out
-    assert "| stage | mIoU |" in page and "| class | teacher | student | control |" in page
+    assert "| stage | mIoU |" in page and "| class | teacher | student | control | oracle |" in page
     assert (output / "contact_sheet.png").stat().st_size > 5000
     logged = (output / "student" / "metrics.json").read_text()
     assert "human_loss_average" in logged and "loss_sem_seg_pseudo" in logged

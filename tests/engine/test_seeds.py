@@ -66,7 +66,7 @@ def test_one_after_the_other_stopped_and_resumed(tmp_path, monkeypatch):
 
     def loop(cfg, task, output, **options):
         called.append((cfg.SEED, output, options))
-        if cfg.SEED == stop["at"]:
+        if stop["at"] == cfg.SEED:
             raise KeyboardInterrupt
         output.mkdir(exist_ok=True)
         values = {"student": 31.0 + cfg.SEED, "control": 30.0}
