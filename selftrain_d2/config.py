@@ -180,5 +180,11 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # the same in another order, are refused. True: what depends on classes then starts anew, as it always does where
     # their number differs.
     cfg.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES = False
+    # The last steps of a run's SOLVER.MAX_ITER are on human labels alone (ASTOD, github.com/CEA-LIST/ASTOD), on
+    # SOLVER.IMS_PER_BATCH images each. self-train has them in the student and the control, not in the teacher. 0: none,
+    # as in the paper.
+    cfg.SELFTRAIN.REFINE_ITERS = 0
+    # Learning rate of these steps, constant, as a factor of SOLVER.BASE_LR. The schedule ends before them.
+    cfg.SELFTRAIN.REFINE_LR_FACTOR = 0.1
     # KEY, VALUE, KEY, VALUE, ... merged into the config for the student's training alone, e.g. its schedule.
     cfg.SELFTRAIN.STUDENT = ()

@@ -125,7 +125,11 @@ def plan(args: argparse.Namespace) -> Plan:
             plan.say(
                 "augmentation", f"{cfg.INPUT.AUGMENTATION.POLICY}, {cfg.INPUT.AUGMENTATION.IMAGE_SIZE} pixels"
             )
-            plan.say("schedule", f"{cfg.SOLVER.MAX_ITER:,} steps, learning rate {cfg.SOLVER.BASE_LR:g}")
+            last = cfg.SELFTRAIN.REFINE_ITERS
+            refined = f", the last {last:,} on human labels alone" if last else ""
+            plan.say(
+                "schedule", f"{cfg.SOLVER.MAX_ITER:,} steps, learning rate {cfg.SOLVER.BASE_LR:g}{refined}"
+            )
         if not args.eval_only:
             check_run_folder(cfg.OUTPUT_DIR, args.resume)
         plan.weights(cfg, resumed=args.resume)

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
@@ -45,6 +45,7 @@ class MixedBatchSampler(Sampler):
         batch_sizes: images of each source per batch of this process, or 0.
         groups: for each source the group of every image, or None. A batch takes the images of a source
             from one group only (aspect-ratio grouping).
+        last_batches: for each source how many batches have its images, or None for all; by default all.
 
     Attributes:
         first_batch: batches to leave out at the start. Training resumed at step n continues with batch n.
@@ -55,16 +56,19 @@ class MixedBatchSampler(Sampler):
         samplers: Sequence[Sampler | None],
         batch_sizes: Sequence[int],
         groups: Sequence[Sequence[int] | None],
+        last_batches: Sequence[int | None] | None = None,
     ):
         self.samplers = samplers
         self.batch_sizes = batch_sizes
         self.groups = groups
+        self.last_batches = last_batches or [None] * len(samplers)
         self.first_batch = 0
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        columns = zip(self.samplers, self.batch_sizes, self.groups, self.last_batches)
         streams = [
-            self._batches(source, sampler, size, group)
-            for source, (sampler, size, group) in enumerate(zip(self.samplers, self.batch_sizes, self.groups))
+            _then_nothing(self._batches(source, sampler, size, group), last)
+            for source, (sampler, size, group, last) in enumerate(columns)
             if size
         ]
         batches = (list(itertools.chain.from_iterable(parts)) for parts in zip(*streams))
@@ -81,6 +85,13 @@ class MixedBatchSampler(Sampler):
             if len(batch) == size:
                 yield list(batch)
                 batch.clear()
+
+
+def _then_nothing(batches: Iterator[list[SampleKey]], number: int | None) -> Iterator[list[SampleKey]]:
+    """The first ``number`` batches (None: all), then empty ones without end."""
+    if number is None:
+        return batches
+    return itertools.chain(itertools.islice(batches, number), itertools.repeat([]))
 
 
 class MixedDataset(Dataset):
@@ -115,6 +126,11 @@ def use_one_thread(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+def mixed_steps(cfg: CfgNode) -> int | None:
+    """Steps of a run before the last SELFTRAIN.REFINE_ITERS, which see no pseudo-labeled images; None if all do."""
+    return cfg.SOLVER.MAX_ITER - cfg.SELFTRAIN.REFINE_ITERS if cfg.SELFTRAIN.REFINE_ITERS else None
+
+
 def _from_config(cfg, *, mapper=None, classification_mapper=None):
     check_sources(cfg)
     human_dicts = get_human_dicts(cfg)
@@ -125,6 +141,7 @@ def _from_config(cfg, *, mapper=None, classification_mapper=None):
         "mapper": SelfTrainingDatasetMapper(cfg, is_train=True) if mapper is None else mapper,
         "human_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "pseudo_batch_size": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
+        "pseudo_steps": mixed_steps(cfg),
         "human_repeat_factors": _repeat_factors(cfg, "SAMPLER_TRAIN", human_dicts),
         "pseudo_repeat_factors": _repeat_factors(cfg, "PSEUDO_SAMPLER_TRAIN", pseudo_dicts),
         "classification_dicts": get_classification_dicts(cfg) if cfg.DATASETS.CLASSIFICATION_TRAIN else [],
@@ -207,6 +224,7 @@ def build_selftrain_train_loader(
     mapper: Callable[[dict], dict],
     human_batch_size: int,
     pseudo_batch_size: int,
+    pseudo_steps: int | None = None,
     human_repeat_factors: torch.Tensor | None = None,
     pseudo_repeat_factors: torch.Tensor | None = None,
     classification_dicts: Sequence[dict[str, Any]] = (),
@@ -219,6 +237,8 @@ def build_selftrain_train_loader(
 ) -> DataLoader:
     """An endless loader whose every batch has the same number of human, of pseudo and of classification images.
 
+    But for ``pseudo_steps``, after which there are no pseudo images.
+
     Call it as ``build_selftrain_train_loader(cfg)`` or with the arguments.
 
     Args:
@@ -226,6 +246,7 @@ def build_selftrain_train_loader(
             serialized, so that workers share them; other sequences are used as they are.
         mapper: makes a sample of a dict; :class:`SelfTrainingDatasetMapper` by default.
         human_batch_size, pseudo_batch_size: images a step over all processes; each process has its share.
+        pseudo_steps: steps with pseudo images; those after them have none. None: all.
         human_repeat_factors, pseudo_repeat_factors: float tensors ``(len(dicts),)``, how often an image comes in
             an epoch (detectron2's RepeatFactorTrainingSampler), or None for once.
         classification_dicts, classification_mapper, classification_batch_size: the same of images for joint training
@@ -268,7 +289,9 @@ def build_selftrain_train_loader(
             [mapper, mapper, classification_mapper],
             seed,
         ),
-        batch_sampler=MixedBatchSampler(samplers, [size // world_size for size in sizes], groups),
+        batch_sampler=MixedBatchSampler(
+            samplers, [size // world_size for size in sizes], groups, [None, pseudo_steps, None]
+        ),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=use_one_thread,

@@ -80,6 +80,8 @@ RULES: dict[str, Rule] = {
     "SELFTRAIN.MAX_BOXES_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.MAX_LOSS_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.STAGE": _at_least(-1),
+    "SELFTRAIN.REFINE_ITERS": _at_least(0),
+    "SELFTRAIN.REFINE_LR_FACTOR": Rule(lambda value: 0 < value < float("inf"), lambda: "a number above 0"),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": Rule(lambda value: 0 <= value <= 1, lambda: "a share in [0, 1]"),
 }
 

@@ -264,6 +264,7 @@ class _Loop:
         cfg.DATASETS.PSEUDO_TRAIN = ()
         cfg.DATASETS.TEST = (VALIDATION,) if self.task.validation_images else ()
         cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 0
+        cfg.SELFTRAIN.REFINE_ITERS = 0
         self.task.set_number_of_classes(cfg, len(self.classes))
         return cfg
 
@@ -284,6 +285,7 @@ class _Loop:
     def control_config(self, teacher: dict[str, Any]) -> CfgNode:
         """The student's schedule without pseudo labels."""
         cfg = self.teacher_config()
+        cfg.SELFTRAIN.REFINE_ITERS = self.cfg.SELFTRAIN.REFINE_ITERS
         try:
             merge_options(cfg, cfg.SELFTRAIN.STUDENT)
             check_values(cfg)
@@ -338,6 +340,7 @@ class _Loop:
             return {
                 "stage": stage,
                 "steps": cfg.SOLVER.MAX_ITER,
+                "refine_steps": cfg.SELFTRAIN.REFINE_ITERS,
                 "human_images_per_step": cfg.SOLVER.IMS_PER_BATCH,
                 "pseudo_images_per_step": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
                 "metrics": read_json(self.output / stage / RESULTS),

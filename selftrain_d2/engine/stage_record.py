@@ -109,12 +109,10 @@ def _settings_of(record: dict[str, Any]) -> dict[str, Any]:
 def stage_settings(cfg: CfgNode) -> dict[str, Any]:
     """Every config key that a training run's result depends on, flat, as JSON reads it back."""
     flat = {key: value for key, value in _flat(cfg).items() if key not in _KEYS_WITHOUT_EFFECT}
-    if not cfg.DATASETS.PSEUDO_TRAIN:  # of the keys of self-training, supervised training knows one
-        flat = {
-            key: value
-            for key, value in flat.items()
-            if not key.startswith("SELFTRAIN.") or key == "SELFTRAIN.WEIGHT_EMA_DECAY"
-        }
+    if not cfg.DATASETS.PSEUDO_TRAIN:  # of the keys of self-training, supervised training knows few
+        known = ["SELFTRAIN.WEIGHT_EMA_DECAY", "SELFTRAIN.REFINE_ITERS"]
+        known += ["SELFTRAIN.REFINE_LR_FACTOR"] * bool(cfg.SELFTRAIN.REFINE_ITERS)  # a control's
+        flat = {k: v for k, v in flat.items() if not k.startswith("SELFTRAIN.") or k in known}
     return json.loads(json.dumps(flat))
 
 

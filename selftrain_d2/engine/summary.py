@@ -72,8 +72,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
         lines.append(
             f"| {called} | "
             + " | ".join("-" if value is None else f"{value:.1f}" for value in values)
-            + f" | {stage['steps']} | {stage['human_images_per_step']} + {stage['pseudo_images_per_step']}"
-            + f" | {stage['seconds'] / 60:.1f} |"
+            + f" | {stage['steps']}{_refined(stage)}"
+            + f" | {stage['human_images_per_step']} + {stage['pseudo_images_per_step']} | {stage['seconds'] / 60:.1f} |"
         )
     for name, stage in stages.items():
         if "metrics" not in stage:
@@ -108,6 +108,11 @@ def _rounds(summary: dict[str, Any]) -> list[str]:
         f"{', '.join(values)}.",
         "",
     ]
+
+
+def _refined(stage: dict[str, Any]) -> str:
+    steps = stage.get("refine_steps", 0)  # stages of versions before have none
+    return f" (the last {steps} on human labels alone)" if steps else ""
 
 
 def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode, task: Task) -> None:

@@ -39,6 +39,7 @@ from selftrain_d2.engine.gradient_check import GradientCheck
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
 from selftrain_d2.engine.orderly_end import OrderlyEnd
+from selftrain_d2.engine.refine import refining_schedule
 from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimizer_options
 from selftrain_d2.engine.run_folder import WEIGHT_AVERAGE_FOLDER
@@ -215,6 +216,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        if cfg.SELFTRAIN.REFINE_ITERS:
+            return refining_schedule(cfg, optimizer, cls.build_lr_scheduler)
         if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
             # detectron2 would divide by zero after the last step.
             raise InputError(

@@ -46,6 +46,7 @@ def command(tmp_path):
 
 def test_the_loop(command, tmp_path, monkeypatch, capsys):
     command = [*command[:1], "--oracle", *command[1:]]
+    command += ["SELFTRAIN.REFINE_ITERS", "1", "SELFTRAIN.REFINE_LR_FACTOR", "0.5"]
     known, train = {}, pipeline.train
 
     def note_datasets(cfg, datasets, **options):
@@ -83,6 +84,11 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
     for name, pseudo_images in (("teacher", 0), ("student", 2), ("control", 0), ("oracle", 2)):
         assert set(stages[name]["metrics"]["bbox"]) >= {"AP", "AP50", "AP75"}
         assert stages[name]["pseudo_images_per_step"] == pseudo_images
+        # The last step is on human labels alone, at half of BASE_LR, in the student and the control.
+        assert stages[name]["refine_steps"] == (name != "teacher")
+        rows = [json.loads(line) for line in (output / name / "metrics.json").read_text().splitlines()]
+        last = max((row for row in rows if "lr" in row), key=lambda row: row["iteration"])
+        assert (last["iteration"], last["lr"]) == (2, 0.005 if name != "teacher" else 0.01)
         assert (
             stages[name]["weights"] == f"{name}/model_final.pth"
             and (output / stages[name]["weights"]).exists()
@@ -94,6 +100,7 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
     for picture in ("contact_sheet.png", "precision_recall.png"):
         assert (output / picture).stat().st_size > 5000
     assert "| student |" in capsys.readouterr().out
+    assert (output / "summary.md").read_text().count("| 3 (the last 1 on human labels alone) | 2 + ") == 2
 
     # The student's steps logged both losses; the teacher's had none to balance.
     student = [json.loads(line) for line in (output / "student" / "metrics.json").read_text().splitlines()]

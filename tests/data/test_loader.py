@@ -100,6 +100,17 @@ def test_resumed_where_it_was():
     assert _take(resumed, 7) == undisturbed[5:]
 
 
+def test_the_last_steps_have_the_human_images_alone():
+    """Those that come without the limit as well; and resumed among them, the same."""
+    always = _take(_loader(), 10)
+    expected = always[:4] + [batch[:2] for batch in always[4:]]
+    assert _take(_loader(pseudo_steps=4), 10) == expected
+    for first in (2, 4, 7):
+        resumed = _loader(pseudo_steps=4)
+        resumed.batch_sampler.first_batch = first
+        assert _take(resumed, 10 - first) == expected[first:]
+
+
 def test_two_processes_share_the_stream_of_one(monkeypatch):
     """Steps of 2 x b images are those of 1 x 2b: the same images with the same random numbers."""
     alone = _take(_loader(4, 6), 6)

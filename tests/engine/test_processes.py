@@ -61,12 +61,12 @@ def _checkpoint(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
-def _assert_same_training(one, other):
+def _assert_same_training(one, other, steps=5):
     a, b = _checkpoint(one), _checkpoint(other)
     for name in a["model"]:
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=1e-5, msg=name)
     averages = [x["trainer"]["hooks"]["LossNormalizer"] for x in (a, b)]
-    assert averages[0] == pytest.approx(averages[1], rel=1e-4) and averages[0]["steps"] == 5
+    assert averages[0] == pytest.approx(averages[1], rel=1e-4) and averages[0]["steps"] == steps
     positives = [x["trainer"]["hooks"]["RunState"]["positive_anchor_averages"] for x in (a, b)]
     for source, average in positives[0].items():
         assert positives[1][source] == pytest.approx(average)
@@ -92,6 +92,23 @@ def test_two_processes_train_as_one_with_their_images(arguments, tmp_path, norma
     assert (tmp_path / "two" / "log.txt.rank1").exists()
     results = [json.loads((tmp_path / x / "results.json").read_text())["bbox"] for x in ("one", "two")]
     assert results[0].keys() == results[1].keys()
+
+
+@pytest.mark.slow
+def test_last_steps_on_human_labels_in_two_processes(arguments, tmp_path):
+    """Their losses have other names than those before: in every process at once."""
+    refine = (
+        *_levels(16, 32, 64),
+        "SELFTRAIN.REFINE_ITERS",
+        "2",
+        "SOLVER.MAX_ITER",
+        "4",
+        "DATASETS.TEST",
+        "()",
+    )
+    assert main(["train", *arguments(tmp_path / "one", *refine)]) == 0
+    assert main(["train", *arguments(tmp_path / "two", "--num-gpus", "2", *refine)]) == 0
+    _assert_same_training(tmp_path / "one", tmp_path / "two", steps=2)
 
 
 @pytest.mark.slow
