@@ -142,6 +142,12 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # Joint training: w of L + w * classification loss, L being all that the keys above are about. The paper has 0.5
     # without and 0.2 with self-training (Table 7).
     cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT = 0.5
+    # "fixed": thresholds of pseudo labels are those of the next keys, as in the paper. "counts": each class's leaves as
+    # many pseudo boxes an image as people drew (DATASETS.TRAIN); docs/pseudo_labels.md has the rules.
+    cfg.SELFTRAIN.THRESHOLDS = "fixed"
+    # With "counts" and IGNORE_SCORE_THRESH: boxes are ignored down to so many times people's count, not below that
+    # score.
+    cfg.SELFTRAIN.IGNORE_COUNT_RATIO = 2.0
     # Pseudo boxes below this score are not trained on, pixels ignored. Applied when labels are loaded, not when
     # written.
     cfg.SELFTRAIN.SCORE_THRESH = 0.5

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("NAME", "FOLDER"),
         help="register a pseudo-label folder under a name, with the boxes that SELFTRAIN.SCORE_THRESH, "
-        "SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE select; may be repeated",
+        "SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE, or THRESHOLDS, select; may be repeated",
     )
     parser.add_argument(
         "--classification-images",
@@ -150,8 +150,11 @@ def _config(args: argparse.Namespace) -> CfgNode:
 
 def _datasets(args: argparse.Namespace, cfg: CfgNode) -> Iterator[NamedDataset]:
     """Those to register for the run: each with the files it is read from, and what makes its DatasetSpec."""
-    for name, json_file, images in args.human_labels:
-        yield NamedDataset(name, (json_file, images), human_labels, (name, json_file, images))
+    human = [
+        NamedDataset(name, (json_file, images), human_labels, (name, json_file, images))
+        for name, json_file, images in args.human_labels
+    ]
+    yield from human
     if bool(args.human_masks) != bool(args.classes):
         raise InputError(
             "--human-masks and --classes belong together: the folders, and the names of the masks' class ids from 0."
@@ -159,8 +162,10 @@ def _datasets(args: argparse.Namespace, cfg: CfgNode) -> Iterator[NamedDataset]:
     for name, images, masks in args.human_masks:
         check_outside(cfg.OUTPUT_DIR, images)
         yield NamedDataset(name, (images, masks), human_masks, (name, images, masks, args.classes))
+    counted = [d for d in human if d.name in cfg.DATASETS.TRAIN and cfg.SELFTRAIN.THRESHOLDS == "counts"]
+    files, specs = [file for d in counted for file in d.files], [d.make(*d.arguments) for d in counted]
     for name, folder in args.pseudo_labels:
-        yield NamedDataset(name, (folder,), pseudo_labels, (name, folder, cfg))
+        yield NamedDataset(name, (folder, *files), pseudo_labels, (name, folder, cfg, specs))
     for name, folder in args.classification_images:
         check_outside(cfg.OUTPUT_DIR, folder)  # where it would be a class
         yield NamedDataset(name, (folder,), classification_images, (name, folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import ConcatDataset
 from selftrain_d2.data.coco_datasets import reading_coco
 from selftrain_d2.data.coco_file import nothing_to_learn
 from selftrain_d2.data.datasets import check_same_classes, class_names
+from selftrain_d2.data.pseudo_labels.counts import HumanCounts
 from selftrain_d2.data.pseudo_labels.dataset import PseudoImageDataset
 from selftrain_d2.errors import InputError
 
@@ -44,6 +46,33 @@ def get_human_dicts(cfg) -> list[dict[str, Any]]:
         if class_names(names[0]):
             print_instances_class_histogram(dicts, class_names(names[0]))
     return [{**d, "label_source": "human"} for d in dicts]
+
+
+def count_human_boxes(cfg) -> HumanCounts:
+    """The boxes of DATASETS.TRAIN by class, and its images, those without boxes included.
+
+    Crowd regions and boxes without area are not counted: nothing learns them.
+
+    Raises:
+        InputError: a dataset is not registered, is none of boxes, or its COCO file cannot be used.
+    """
+    names = cfg.DATASETS.TRAIN
+    check_registered("DATASETS.TRAIN", names)
+    with reading_coco(names, masks=cfg.MODEL.MASK_ON):
+        dicts = [(name, d) for name in names for d in DatasetCatalog.get(name)]
+    boxes: Counter = Counter()
+    for name, d in dicts:
+        if "annotations" not in d or not class_names(name):
+            raise InputError(
+                f"DATASETS.TRAIN names {name!r}, in which no boxes of named classes can be counted: set "
+                "SELFTRAIN.THRESHOLDS fixed."
+            )
+        boxes.update(
+            class_names(name)[annotation["category_id"]]
+            for annotation in d["annotations"]
+            if not annotation.get("iscrowd", 0) and _has_area(annotation)
+        )
+    return HumanCounts(boxes, len(dicts))
 
 
 def _check_objects(cfg, dicts: Sequence[dict[str, Any]]) -> None:

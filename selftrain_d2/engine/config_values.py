@@ -79,6 +79,10 @@ RULES: dict[str, Rule] = {
     "SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT": _at_least(0.0),
     "SELFTRAIN.MAX_BOXES_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.MAX_LOSS_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
+    "SELFTRAIN.THRESHOLDS": _one_of(lambda: ("fixed", "counts")),
+    "SELFTRAIN.IGNORE_COUNT_RATIO": Rule(
+        lambda value: 1 <= value < float("inf"), lambda: "a number of at least 1"
+    ),
     "SELFTRAIN.STAGE": _at_least(-1),
     "SELFTRAIN.REFINE_ITERS": _at_least(0),
     "SELFTRAIN.REFINE_LR_FACTOR": Rule(lambda value: 0 < value < float("inf"), lambda: "a number above 0"),

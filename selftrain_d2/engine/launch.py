@@ -25,10 +25,12 @@ from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import absolute_root
+from selftrain_d2.data.pseudo_labels.counts import in_words, thresholds_by_counts
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
-from selftrain_d2.data.pseudo_labels.selection import class_names_of, selection_from_config
+from selftrain_d2.data.pseudo_labels.selection import check_counts, class_names_of, selection_from_config
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
+from selftrain_d2.data.training_sets import count_human_boxes
 from selftrain_d2.engine.children import children_stopped
 from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.config_checks import check_evaluated_classes, check_test_sets
@@ -72,10 +74,66 @@ def human_masks(name: str, images: str, masks: str, classes: Sequence[str]) -> D
     )
 
 
-def pseudo_labels(name: str, folder: str, cfg: CfgNode) -> DatasetSpec:
-    """A pseudo-label folder, for :func:`registered`, with the boxes or pixels that SELFTRAIN.* selects."""
-    selection = selection_from_config(cfg, class_names_of(read_manifest(folder)))
-    return name, functools.partial(register_pseudo_labels, **selection), (os.path.abspath(folder),)
+def pseudo_labels(name: str, folder: str, cfg: CfgNode, human: Sequence[DatasetSpec] = ()) -> DatasetSpec:
+    """A pseudo-label folder, for :func:`registered`, with the boxes or pixels that SELFTRAIN.* selects.
+
+    Args:
+        human: see :func:`select`.
+    """
+    return selected_labels(name, folder, *select(folder, cfg, human))
+
+
+def selected_labels(
+    name: str,
+    folder: str | os.PathLike,
+    selection: Mapping[str, Any],
+    counts: Mapping[str, Any] | None = None,
+) -> DatasetSpec:
+    """A pseudo-label folder, for :func:`registered`, with what :func:`select` gave."""
+    return (
+        name,
+        functools.partial(_register_selected, selection=selection, counts=counts),
+        (os.path.abspath(folder),),
+    )
+
+
+def _register_selected(
+    name: str, folder: str, selection: Mapping[str, Any], counts: Mapping[str, Any] | None
+) -> None:
+    register_pseudo_labels(name, folder, **selection)
+    if counts is not None:  # here, where the log of the run is open
+        logger.info(f"{name}: {in_words(counts)}.")
+
+
+def select(
+    folder: str | os.PathLike, cfg: CfgNode, human: Sequence[DatasetSpec] = ()
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What SELFTRAIN.* selects of a pseudo-label folder.
+
+    Args:
+        folder: a finished one.
+        human: datasets of DATASETS.TRAIN that are not registered yet: SELFTRAIN.THRESHOLDS "counts" counts their boxes.
+
+    Returns:
+        Arguments of ``load_pseudo_labels``; and the thresholds by counts that they are from, if they are, as
+        ``CountThresholds.as_dict`` has them.
+
+    Raises:
+        InputError: see :func:`read_manifest`, :func:`check_counts` and :func:`count_human_boxes`.
+    """
+    manifest = read_manifest(folder)
+    names = class_names_of(manifest)
+    if cfg.SELFTRAIN.THRESHOLDS == "fixed":
+        return selection_from_config(cfg, names), None
+    check_counts(cfg, manifest)
+    with registered(human):
+        counts = thresholds_by_counts(
+            folder,
+            count_human_boxes(cfg),
+            ignore_from=cfg.SELFTRAIN.get("IGNORE_SCORE_THRESH") or None,
+            ignore_ratio=cfg.SELFTRAIN.IGNORE_COUNT_RATIO,
+        )
+    return selection_from_config(cfg, names, counts), counts.as_dict()
 
 
 def classification_images(name: str, folder: str) -> DatasetSpec:

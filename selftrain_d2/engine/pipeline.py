@@ -19,7 +19,11 @@ from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
-from selftrain_d2.data.pseudo_labels.selection import resolve_thresholds, selection_from_config
+from selftrain_d2.data.pseudo_labels.selection import (
+    check_counts,
+    resolve_thresholds,
+    selection_from_config,
+)
 from selftrain_d2.engine.checks import check_training
 from selftrain_d2.engine.config_values import check_values, is_segmentor, merge_options, value_of
 from selftrain_d2.engine.launch import (
@@ -27,9 +31,10 @@ from selftrain_d2.engine.launch import (
     DatasetSpec,
     Processes,
     in_torchrun,
-    pseudo_labels,
     registered,
     run_in_processes,
+    select,
+    selected_labels,
     train,
 )
 from selftrain_d2.engine.oracle import ORACLE, true_labels
@@ -194,10 +199,11 @@ class _Loop:
         labeling.MODEL.WEIGHTS = weights
         check_labeling(labeling, self.score_floor, batch_size=1)
         kind = "stuff_classes" if is_segmentor(teacher) else "thing_classes"
-        resolve_thresholds(
-            {kind: self.classes, "score_floor": self.score_floor},
-            **selection_from_config(self.cfg, self.classes),
-        )
+        labels = {kind: self.classes, "score_floor": self.score_floor}
+        if self.cfg.SELFTRAIN.THRESHOLDS == "counts":
+            check_counts(self.cfg, labels)
+        else:
+            resolve_thresholds(labels, **selection_from_config(self.cfg, self.classes))
         if student.MODEL.MASK_ON and not is_segmentor(student):
             _check_pseudo_masks(teacher, student)
         # Of the pseudo labels only the name is known.
@@ -231,7 +237,12 @@ class _Loop:
             student = self.train(
                 f"{prefix}student",
                 self.student_config(teacher, number),
-                pseudo_labels(PSEUDO, self.output / labels["folder"], self.cfg),
+                selected_labels(
+                    PSEUDO,
+                    self.output / labels["folder"],
+                    labels["selection"],
+                    labels.get("thresholds_by_counts"),
+                ),
             )
             stages[f"{prefix}student"] = teacher = student
         if control:
@@ -247,7 +258,7 @@ class _Loop:
         summary = {
             "task": self.task.name,
             "seed": self.cfg.SEED,
-            "score_thresh": self.cfg.SELFTRAIN.SCORE_THRESH,
+            "score_thresh": stages["pseudo_labels"]["score_thresh"],
             "seconds_of_last_run": round(time.perf_counter() - start, 1),
             "stages": stages,
         }
@@ -357,20 +368,30 @@ class _Loop:
         """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
         images = self.task.unlabeled_images
         folder = self.label_images(stage, teacher, images, list_images(images))
-        counts = self.task.count(folder, self.cfg)
+        selection, thresholds = select(folder, self.teacher_config(), self.task.datasets())
+        counts = self.task.count(folder, selection)
         if not counts:
+            least, key = self.cfg.SELFTRAIN.SCORE_THRESH, "SELFTRAIN.SCORE_THRESH"
+            if thresholds is not None:
+                least, key = self.score_floor, "--score-floor"
             raise InputError(
-                f"No pseudo label of {folder} has a score of {self.cfg.SELFTRAIN.SCORE_THRESH} or more, so the student "
-                "would learn nothing from them: train the teacher longer, or lower SELFTRAIN.SCORE_THRESH."
+                f"No pseudo label of {folder} has a score of {least} or more, so the student would learn nothing from "
+                f"them: train the teacher longer, or lower {key}."
             )
         manifest = read_manifest(folder)
-        return {
+        labels = {
             "folder": stage,
             "images": manifest["listed"],
             "skipped": len(manifest["skipped"]),
             **counts,
+            "selection": selection,
+            "score_thresh": self.cfg.SELFTRAIN.SCORE_THRESH,
             "seconds": manifest["seconds_of_last_run"],
         }
+        if thresholds is not None:
+            labels["score_thresh"] = thresholds["all_classes"]["score_thresh"]
+            labels["thresholds_by_counts"] = thresholds
+        return labels
 
     def label_images(self, stage: str, teacher: dict[str, Any], images: str, names: Sequence[str]) -> Path:
         """Label images of a folder, or take what was labeled before."""

@@ -12,13 +12,8 @@ import detectron2
 import torch
 from detectron2.config import CfgNode
 
-from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
-from selftrain_d2.data.pseudo_labels.selection import (
-    class_names_of,
-    selection_from_config,
-    selection_in_words,
-)
+from selftrain_d2.data.pseudo_labels.selection import selection_in_words
 from selftrain_d2.engine.findings import in_words
 from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, evaluations
@@ -45,7 +40,7 @@ def write_summary(output: Path, summary: dict[str, Any], student: CfgNode, task:
     """
     summary["selected"] = selection_in_words(student)
     summary |= task.judge(output, summary["score_thresh"])
-    summary |= task.facts_of_labels(output, student)
+    summary |= task.facts_of_labels(output, summary["stages"]["pseudo_labels"]["selection"])
     _draw_contact_sheet(output, summary, student, task)
     summary["versions"] = {"torch": torch.__version__, "detectron2": detectron2.__version__}
     summary = {"in_words": in_words([summary]), **summary}
@@ -81,6 +76,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
                 "",
                 f"`{name}`: {task.sentence(stage, summary['selected'])} ({stage['skipped']} unreadable); "
                 f"labeled in {stage['seconds'] / 60:.1f} minutes.",
+                *_thresholds(stage),
             ]
     lines += [
         "",
@@ -110,6 +106,29 @@ def _rounds(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+def _thresholds(stage: dict[str, Any]) -> list[str]:
+    """A table of the thresholds of a labeling stage that people's counts chose."""
+    counts = stage.get("thresholds_by_counts")
+    if counts is None:
+        return []
+    lines = [
+        "",
+        f"Thresholds by people's counts on {counts['human_images']} labeled images, for {counts['pseudo_images']} "
+        "pseudo-labeled ones:",
+        "",
+        "| class | human boxes | an image | threshold | ignored from | pseudo boxes | an image | |",
+        "|---" * 8 + "|",
+    ]
+    for row in [*counts["classes"], counts["all_classes"]]:
+        human, pseudo, ignored = row["human_boxes"], row["boxes"], row["ignore_score_thresh"]
+        lines.append(
+            f"| {row['category'] or 'all together'} | {human} | {human / max(counts['human_images'], 1):.2f} "
+            f"| {row['score_thresh']:.3g} | {'-' if ignored is None else f'{ignored:.3g}'} "
+            f"| {pseudo} | {pseudo / max(counts['pseudo_images'], 1):.2f} | {row['reason']} |"
+        )
+    return lines
+
+
 def _refined(stage: dict[str, Any]) -> str:
     steps = stage.get("refine_steps", 0)  # stages of versions before have none
     return f" (the last {steps} on human labels alone)" if steps else ""
@@ -118,9 +137,7 @@ def _refined(stage: dict[str, Any]) -> str:
 def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode, task: Task) -> None:
     """Some of the unlabeled images that got labels, evenly spread over the list: not chosen by what they show."""
     folder, score_thresh = output / "pseudo_labels", summary["score_thresh"]
-    pseudo = load_pseudo_labels(
-        folder, **selection_from_config(student, class_names_of(read_manifest(folder)))
-    )
+    pseudo = load_pseudo_labels(folder, **summary["stages"]["pseudo_labels"]["selection"])
     names = sorted(task.interesting(pseudo))
     shown = names[:: max(1, len(names) // CONTACT_SHEET_ROWS)][:CONTACT_SHEET_ROWS]
     student.SELFTRAIN.TTA.SCALES, student.SELFTRAIN.TTA.FLIP = (1.0,), False  # as it is evaluated

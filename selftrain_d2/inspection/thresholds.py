@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from selftrain_d2.data.pseudo_labels.selection import ENOUGH_BOXES, matching_count_threshold, plain
+
 PAPER_THRESHOLD = 0.5  # the paper's hard threshold
-# A class with fewer true (or human) boxes than this takes the threshold of all classes together.
-ENOUGH_BOXES = 30
 # F1 this close to the best is as good.
 SAME_F1 = 0.01
 
@@ -46,15 +46,6 @@ def best_f1_threshold(boxes: np.ndarray, correct: np.ndarray, truth: int) -> int
 def f1_scores(boxes: np.ndarray, correct: np.ndarray, truth: np.ndarray | int) -> np.ndarray:
     """F1 at each threshold; 0 where there is neither a box nor a true box."""
     return 2 * np.asarray(correct) / np.maximum(np.asarray(boxes) + truth, 1)
-
-
-def matching_count_threshold(boxes: np.ndarray, target: float) -> int:
-    """Position of the threshold that keeps as close to ``target`` boxes as any; of equal ones the highest.
-
-    Args:
-        boxes: (T,) boxes that reach each threshold.
-    """
-    return _last_best(-np.abs(np.asarray(boxes) - target))
 
 
 def _last_best(values: np.ndarray) -> int:
@@ -123,13 +114,18 @@ def recommend_by_count(
     def choose(name: str, boxes: np.ndarray, human: int) -> Recommendation | str:
         if human < ENOUGH_BOXES:
             return f"only {counted(human, 'human box')}, {ENOUGH_BOXES} are needed"
+        if not boxes[0]:
+            return "there is no pseudo box"
         wanted = human / human_images
-        if boxes[0] < wanted * images:
-            return (
-                f"even all {counted(int(boxes[0]), 'pseudo box')} down to the score floor "
-                f"({boxes[0] / max(images, 1):.2f} an image) are fewer than the human labels' {wanted:.2f} an image"
-            )
         best = matching_count_threshold(boxes, wanted * images)
+        if boxes[0] < wanted * images:
+            return Recommendation(
+                name,
+                plain(thresholds[best]),
+                f"keeps all {counted(int(boxes[0]), 'pseudo box')} down to the score floor, and even these "
+                f"({boxes[0] / images:.2f} an image) are fewer than the human labels' {wanted:.2f} an image: the "
+                "teacher finds too little, or the images differ",
+            )
         return Recommendation(
             name,
             plain(thresholds[best]),
@@ -172,11 +168,6 @@ def _for_classes(
             choice = Recommendation(name, overall.threshold, reason)
         rows.append(choice)
     return overall, rows
-
-
-def plain(threshold: np.float32) -> float:
-    """The shortest number that is this float32: 0.36, not 0.36000001430511475."""
-    return float(str(np.float32(threshold)))
 
 
 def counted(number: int, word: str) -> str:

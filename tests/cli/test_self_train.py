@@ -88,7 +88,9 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
         assert stages[name]["refine_steps"] == (name != "teacher")
         rows = [json.loads(line) for line in (output / name / "metrics.json").read_text().splitlines()]
         last = max((row for row in rows if "lr" in row), key=lambda row: row["iteration"])
-        assert (last["iteration"], last["lr"]) == (2, 0.005 if name != "teacher" else 0.01)
+        # The teacher's cosine has 0.01 * (1 + cos(2 pi / 3)) / 2 there.
+        rate = 0.0025 if name == "teacher" else 0.005
+        assert (last["iteration"], last["lr"]) == (2, pytest.approx(rate))
         assert (
             stages[name]["weights"] == f"{name}/model_final.pth"
             and (output / stages[name]["weights"]).exists()
@@ -230,10 +232,33 @@ def test_a_worse_second_round_is_not_made_unless_asked_for(command, tmp_path, mo
     assert main([*command[:1], "--keep-going", *command[1:]]) == 0
     assert all(p.stat().st_mtime_ns == then for p, then in before.items())
     assert "stopped" not in json.loads((output / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
+    assert list(summary["stages"])[-1] == "round_2/student"
+
+
+def test_two_rounds(command, tmp_path):
+    """With thresholds by people's counts, for each round's labels anew."""
+    command.remove("--control")
+    assert main([*command[:1], "--rounds", "2", *command[1:], "SELFTRAIN.THRESHOLDS", "counts"]) == 0
     summary = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert list(summary["stages"]) == [
         "teacher", "pseudo_labels", "student", "round_2/pseudo_labels", "round_2/student",
     ]  # fmt: skip
+    human = json.loads((tmp_path / "labeled" / "labels.json").read_text())
+    for stage in ("pseudo_labels", "round_2/pseudo_labels"):
+        labels = summary["stages"][stage]
+        counts, selection = labels["thresholds_by_counts"], labels["selection"]
+        assert (counts["human_images"], counts["pseudo_images"]) == (6, 5)  # one of 6 cannot be read
+        assert sum(row["human_boxes"] for row in counts["classes"]) == len(human["annotations"])
+        assert selection["score_thresh"] == {r["category"]: r["score_thresh"] for r in counts["classes"]}
+        trained = load_pseudo_labels(tmp_path / "output" / stage, **selection)
+        assert labels["boxes"] == trained.box_counts.sum() == counts["all_classes"]["boxes"]
+        # Scores seldom tie: what is left is people's count to the nearest box.
+        assert labels["boxes"] == pytest.approx(len(human["annotations"]) / 6 * 5, abs=1)
+    page = (tmp_path / "output" / "summary.md").read_text()
+    assert page.count("Thresholds by people's counts on 6 labeled images, for 5 pseudo-labeled ones:") == 2
+    assert "boxes of a score that as many an image as people drew have on" in page
+    assert "score thresholds by people's counts" in _student_log(tmp_path / "output")
     manifest = json.loads((tmp_path / "output" / "round_2" / "pseudo_labels" / "manifest.json").read_text())
     assert manifest["teacher_weights"] == str(tmp_path / "output" / summary["stages"]["student"]["weights"])
 

@@ -85,9 +85,12 @@ def test_by_count_the_human_boxes_an_image_are_matched():
     assert (
         rows[0].threshold == 0.3 and "2.10 boxes an image" in rows[0].reason and "have 2.00" in rows[0].reason
     )
-    assert overall.threshold == 0.5 and "fewer than the human labels' 12.15" in overall.reason
-    assert rows[1].threshold == rows[2].threshold == overall.threshold
-    assert "even all 80 pseudo boxes" in rows[1].reason and "only 3 human boxes" in rows[2].reason
+    # As SELFTRAIN.THRESHOLDS "counts" chooses: where all are fewer than people's, all are kept.
+    assert overall.threshold == 0.1 and "fewer than the human labels' 12.15" in overall.reason
+    assert rows[1].threshold == 0.1 and "keeps all 80 pseudo boxes" in rows[1].reason
+    assert rows[2].threshold == overall.threshold and "only 3 human boxes" in rows[2].reason
+    nothing, rows = recommend_by_count(GRID, np.zeros((1, 4), int), 100, human[:1], 20, ["ash"])
+    assert nothing.threshold == 0.5 and "no pseudo box: 0.5, as in the paper" in rows[0].reason
 
 
 def test_without_anything_to_compare_it_is_the_papers_half_or_the_floor():

@@ -7,22 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from detectron2.config import CfgNode
 
 from selftrain_d2.errors import InputError
 
+if TYPE_CHECKING:
+    from selftrain_d2.data.pseudo_labels.counts import CountThresholds
+
+#: A class with fewer true (or human) boxes than this takes the threshold of all classes together.
+ENOUGH_BOXES = 30
+
 #: One score threshold for all classes, or one by class name.
 ScoreThreshold = Union[float, Mapping[str, float]]
 
 
-def selection_from_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, Any]:
+def selection_from_config(
+    cfg: CfgNode, class_names: Sequence[str], counts: CountThresholds | None = None
+) -> dict[str, Any]:
     """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE say.
 
     Args:
         class_names: of the pseudo labels.
+        counts: thresholds that SELFTRAIN.THRESHOLDS "counts" chose, in place of those of the keys.
 
     Returns:
         Arguments of ``load_pseudo_labels`` and ``register_pseudo_labels``.
@@ -36,13 +45,32 @@ def selection_from_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str,
         raise InputError(
             f"SELFTRAIN.SCORE_THRESH_BY_CLASS is NAME, NUMBER, NAME, NUMBER, ..., but {words[-1]!r} stands alone."
         )
-    return {
+    selection = {
         "score_thresh": with_exceptions(
             selftrain.SCORE_THRESH, dict(zip(words[::2], words[1::2])), class_names
         ),
         "top_k": selftrain.TOP_K or None,
         "boxes_per_image": selftrain.BOXES_PER_IMAGE or None,
     }
+    if counts is not None:
+        selection["score_thresh"] = counts.score_thresh
+        if counts.ignore_score_thresh is not None:
+            selection["ignore_score_thresh"] = counts.ignore_score_thresh
+    return selection
+
+
+def check_counts(cfg: CfgNode, manifest: Mapping[str, Any]) -> None:
+    """Raise InputError where SELFTRAIN.THRESHOLDS "counts" cannot choose: for masks, or beside keys that choose too."""
+    if "stuff_classes" in manifest:
+        raise InputError(
+            "The pseudo labels are masks, in which no boxes can be counted: set SELFTRAIN.THRESHOLDS fixed."
+        )
+    for key, off in (("SCORE_THRESH_BY_CLASS", ()), ("BOXES_PER_IMAGE", 0.0), ("TOP_K", 0)):
+        if cfg.SELFTRAIN[key]:
+            raise InputError(
+                f"SELFTRAIN.THRESHOLDS counts chooses how many boxes are kept, and so does SELFTRAIN.{key} "
+                f"{cfg.SELFTRAIN[key]}: set that to {off!r}, or THRESHOLDS fixed."
+            )
 
 
 def with_exceptions(
@@ -60,7 +88,9 @@ def class_names_of(manifest: Mapping[str, Any]) -> list[str]:
 def selection_in_words(cfg: CfgNode) -> str:
     """The same for a sentence: "score 0.5 or more (background 0.9)"."""
     selftrain = cfg.SELFTRAIN
-    if selftrain.BOXES_PER_IMAGE:
+    if selftrain.THRESHOLDS == "counts":
+        text = "a score that as many an image as people drew have"
+    elif selftrain.BOXES_PER_IMAGE:
         text = f"a score that {selftrain.BOXES_PER_IMAGE:g} an image have"
     else:
         text = f"score {selftrain.SCORE_THRESH:g} or more"
@@ -171,5 +201,18 @@ def matching_threshold(scores: np.ndarray, target: float) -> float | None:
     if not len(values):
         return None
     kept = np.cumsum(numbers[::-1])[::-1]  # by the threshold values[i]
-    best = len(values) - 1 - np.argmin(np.abs(kept - target)[::-1])
-    return float(values[best])
+    return float(values[matching_count_threshold(kept, target)])
+
+
+def matching_count_threshold(boxes: np.ndarray, target: float) -> int:
+    """Position of the threshold that keeps as close to ``target`` boxes as any; of equal ones the highest.
+
+    Args:
+        boxes: (T,) boxes that reach each of T rising thresholds.
+    """
+    return len(boxes) - 1 - int(np.argmin(np.abs(np.asarray(boxes) - target)[::-1]))
+
+
+def plain(threshold: np.float32) -> float:
+    """The shortest number that is this float32: 0.36, not 0.36000001430511475."""
+    return float(str(np.float32(threshold)))

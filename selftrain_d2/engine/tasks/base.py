@@ -102,16 +102,24 @@ class Task(ABC):
         """Fit a model to the data, in place."""
 
     @abstractmethod
-    def count(self, folder: Path, cfg: CfgNode) -> dict[str, Any]:
-        """How much of a pseudo-label folder the config selects; empty where nothing is left to train on."""
+    def count(self, folder: Path, selection: Mapping[str, Any]) -> dict[str, Any]:
+        """How much of a pseudo-label folder is selected; empty where nothing is left to train on.
+
+        Args:
+            selection: arguments of ``load_pseudo_labels``.
+        """
 
     @abstractmethod
     def judge(self, output: Path, score_thresh: float) -> dict[str, Any]:
         """Judge the pseudo labels where truth is known: further entries of the summary, perhaps a picture."""
 
-    def facts_of_labels(self, output: Path, cfg: CfgNode) -> dict[str, Any]:
+    def facts_of_labels(self, output: Path, selection: Mapping[str, Any]) -> dict[str, Any]:
         """What tells whether those pseudo labels that the student was trained on are too few or too wrong: further
-        entries of the summary, for :meth:`fault_of_labels`."""
+        entries of the summary, for :meth:`fault_of_labels`.
+
+        Args:
+            selection: of these labels, for ``load_pseudo_labels``.
+        """
         return {}
 
     @staticmethod

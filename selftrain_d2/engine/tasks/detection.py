@@ -16,7 +16,6 @@ from selftrain_d2.data.coco_file import CocoFile
 from selftrain_d2.data.datasets import check_same_classes, list_images, read_human_coco
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
-from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
 from selftrain_d2.engine.tasks.base import (
@@ -132,9 +131,9 @@ class Detection(Task):
     def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
         cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = number
 
-    def count(self, folder: Path, cfg: CfgNode) -> dict[str, Any]:
+    def count(self, folder: Path, selection: Mapping[str, Any]) -> dict[str, Any]:
         manifest = read_manifest(folder)
-        boxes = load_pseudo_labels(folder, **selection_from_config(cfg, manifest["thing_classes"])).box_counts
+        boxes = load_pseudo_labels(folder, **selection).box_counts
         if not boxes.any():
             return {}
         return {
@@ -157,15 +156,13 @@ class Detection(Task):
             "pseudo_label_ap": average_precision(predictions, truth),
         }
 
-    def facts_of_labels(self, output: Path, cfg: CfgNode) -> dict[str, Any]:
+    def facts_of_labels(self, output: Path, selection: Mapping[str, Any]) -> dict[str, Any]:
         labeled = self._labeled()
         people = sum(not annotation["iscrowd"] for annotation in labeled.annotations)
         facts: dict[str, Any] = {"human_boxes_per_image": people / len(labeled.content["images"])}
         truth = self._truth()
         if truth is not None:
-            folder = output / "pseudo_labels"
-            selection = selection_from_config(cfg, read_manifest(folder)["thing_classes"])
-            selected = load_pseudo_labels(folder, **selection)
+            selected = load_pseudo_labels(output / "pseudo_labels", **selection)
             everything = precision_recall_by_threshold(selected, truth, thresholds=[0.0])[0]
             facts["selected_quality"] = {"precision": everything.precision, "recall": everything.recall}
         return facts

@@ -17,7 +17,6 @@ from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset
 from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
-from selftrain_d2.data.pseudo_labels.selection import selection_from_config
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
@@ -125,8 +124,8 @@ class Segmentation(Task):
     def set_number_of_classes(self, cfg: CfgNode, number: int) -> None:
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = number
 
-    def count(self, folder: Path, cfg: CfgNode) -> dict[str, Any]:
-        masks = load_pseudo_labels(folder, **selection_from_config(cfg, self.classes))
+    def count(self, folder: Path, selection: Mapping[str, Any]) -> dict[str, Any]:
+        masks = load_pseudo_labels(folder, **selection)
         pixels = masks.pixels_by_class
         if not pixels.any():
             return {}
