@@ -30,10 +30,8 @@ VALUES = {
     "SELFTRAIN.MAX_LOSS_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
     "SELFTRAIN.STAGE": ([-2], [-1, 0, 3]),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": ([1.1, -0.1, float("nan")], [0.0, 1.0]),
-    "SELFTRAIN.MAX_LOSS_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
     "SELFTRAIN.THRESHOLDS": (["count", ""], ["fixed", "counts"]),
     "SELFTRAIN.IGNORE_COUNT_RATIO": ([0.9, float("nan"), float("inf")], [1.0, 3.0]),
-    "SELFTRAIN.STAGE": ([-2], [-1, 0, 3]),
     "SELFTRAIN.REFINE_ITERS": ([-1], [0, 10]),
     "SELFTRAIN.REFINE_LR_FACTOR": ([0.0, -0.1, float("nan"), float("inf")], [0.01, 1.0]),
 }
