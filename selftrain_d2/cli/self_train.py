@@ -1,6 +1,7 @@
 """The whole loop on your own data: train a teacher, label the unlabeled images, train a student on both.
 
-Stages are folders under --output: teacher/, pseudo_labels/, student/. Stop it at any time: the same command
+Stages are folders under --output: teacher/, pseudo_labels/, student/, with --control and --oracle what to compare the
+student with; with --seeds a folder of them for each seed. Stop it at any time: the same command
 goes on from there and redoes nothing that is finished. summary.md and summary.json come last.
 
     selftrain-d2 self-train --config-file neon_trees/lite0_256.yaml \\

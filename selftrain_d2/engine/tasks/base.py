@@ -24,7 +24,8 @@ Samples = Sequence[dict[str, Any]]
 
 @dataclass
 class Task(ABC):
-    """One's own data, as paths, for one kind of labels. What is optional serves to judge, never to train."""
+    """One's own data, as paths, for one kind of labels. What is optional serves to judge; only an
+    oracle is trained on the withheld labels."""
 
     labeled_images: str
     unlabeled_images: str

@@ -52,7 +52,7 @@ class Detection(Task):
 
     labeled_json: str = ""
     validation_json: str | None = None
-    #: Withheld labels of the unlabeled images, if there are any: pseudo labels are judged by them.
+    #: Withheld labels of the unlabeled images, if there are any: to judge pseudo labels by, and for an oracle.
     unlabeled_truth_json: str | None = None
 
     name = "detection"

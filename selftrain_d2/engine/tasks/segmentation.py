@@ -50,7 +50,7 @@ class Segmentation(Task):
     labeled_masks: str = ""
     classes: Sequence[str] = ()
     validation_masks: str | None = None
-    #: Withheld masks of the unlabeled images, if there are any: pseudo masks are judged by them.
+    #: Withheld masks of the unlabeled images, if there are any: to judge pseudo masks by, and for an oracle.
     unlabeled_truth_masks: str | None = None
 
     name = "segmentation"
