@@ -158,6 +158,16 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.BOXES_PER_IMAGE = 0.0
     # Of the pseudo boxes of an image that reach their threshold, only the best so many. 0: all.
     cfg.SELFTRAIN.TOP_K = 0
+    # Pseudo boxes of at least this score that are not trained on are neither objects nor background. 0: off, they are
+    # background, as in the paper.
+    cfg.SELFTRAIN.IGNORE_SCORE_THRESH = 0.0
+    # True: so are the crowd regions ("iscrowd") of human labels; False: they are background.
+    cfg.SELFTRAIN.IGNORE_CROWD = False
+    # What an ignored box covers is not learned as background: an anchor or proposal of which it covers ("covered", as
+    # COCO compares detections with crowds), or with which it has as IoU ("iou"), at least the threshold. FCOS: a
+    # location inside the box.
+    cfg.SELFTRAIN.IGNORE_OVERLAP = "covered"
+    cfg.SELFTRAIN.IGNORE_OVERLAP_THRESH = 0.5
     # How the teacher's network calculates when it labels: float32, float16 or bfloat16. The last two move scores by
     # about 0.01 and 0.03, let them depend on the batch size, and are slower on a CPU.
     cfg.SELFTRAIN.LABEL_PRECISION = "float32"

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("NAME", "FOLDER"),
         help="register a pseudo-label folder under a name, with the boxes that SELFTRAIN.SCORE_THRESH, "
-        "SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE, or THRESHOLDS, select; may be repeated",
+        "SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE, THRESHOLDS and IGNORE_SCORE_THRESH select; may be repeated",
     )
     parser.add_argument(
         "--classification-images",

@@ -17,7 +17,7 @@ from detectron2.structures.masks import polygons_to_bitmask
 
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.augmentation.box_only import BoxOnlyTransform
-from selftrain_d2.data.augmentation.geometric import CanvasTransform
+from selftrain_d2.data.augmentation.geometric import CanvasTransform, move_regions
 from selftrain_d2.data.image_files import UNREADABLE, read_image
 from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.pseudo_labels.masks import read_mask
@@ -31,21 +31,25 @@ class SelfTrainingDatasetMapper(DatasetMapper):
     the dict says otherwise) and, in training, ``instances`` with ``gt_boxes`` (N, 4) XYXY in pixels,
     ``gt_classes`` (N,), and ``gt_masks`` and ``gt_keypoints`` where the config asks for them; ``sem_seg``
     (H, W) where the dict names a file, and ``valid_pixel_share``, the share of its pixels that are not ignored.
-    Crowd annotations are left out. Images without any box stay.
+    Crowd annotations are left out of the instances; where they are to be ignored (``ignore_crowd``, of the mapper or
+    the dict) their boxes are ``ignored_boxes``, ``Boxes`` (M, 4) XYXY in pixels. Images without any box stay.
 
     Other than detectron2's mapper it hands boxes to the augmentations, which the operations inside boxes
     need, and moves all boxes of an image at once.
     """
 
     @configurable
-    def __init__(self, *args: Any, ignore_value: int = 255, **kwargs: Any):
+    def __init__(self, *args: Any, ignore_value: int = 255, ignore_crowd: bool = False, **kwargs: Any):
         """
         Args:
             args, kwargs: of ``DatasetMapper``.
             ignore_value: label of pixels without loss.
+            ignore_crowd: whether crowd annotations are neither objects nor background, not only those of dicts that
+                say so themselves.
         """
         super().__init__(*args, **kwargs)
         self.ignore_value = ignore_value
+        self.ignore_crowd = ignore_crowd
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -64,6 +68,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         arguments = super().from_config(cfg, is_train)
         arguments["augmentations"] = build_augmentations(cfg, is_train)
         arguments["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        arguments["ignore_crowd"] = cfg.SELFTRAIN.IGNORE_CROWD
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +83,8 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         image = self._read(sample)
         # Images for semantic segmentation alone have a mask and no annotations.
         has_objects = self.is_train and not ("sem_seg_file_name" in sample and "annotations" not in sample)
-        annotations = self._training_annotations(sample) if has_objects else []
+        every_annotation = self._training_annotations(sample) if has_objects else []
+        annotations = [annotation for annotation in every_annotation if not annotation.get("iscrowd", 0)]
         sem_seg = None
         if "sem_seg_file_name" in sample:
             sem_seg = _label_map(sample, image)
@@ -94,8 +100,12 @@ class SelfTrainingDatasetMapper(DatasetMapper):
             valid = np.count_nonzero(augmented.sem_seg != self.ignore_value)
             sample["valid_pixel_share"] = valid / augmented.sem_seg.size
         sample.pop("annotations", None)
+        ignore_crowd = sample.pop("ignore_crowd", False) or self.ignore_crowd
         if has_objects:
             image_size = augmented.image.shape[:2]
+            if ignore_crowd:
+                crowds = [annotation for annotation in every_annotation if annotation.get("iscrowd", 0)]
+                sample["ignored_boxes"] = _moved(_boxes(crowds, sample), transforms, image_size)
             instances = Instances(image_size)
             instances.gt_boxes = Boxes(torch.as_tensor(augmented.boxes, dtype=torch.float32))
             classes = [annotation["category_id"] for annotation in annotations]
@@ -133,7 +143,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
                 f"{_name(sample)} carries precomputed proposals, "
                 "which the augmentation policies cannot move; remove them."
             )
-        return [annotation for annotation in sample["annotations"] if not annotation.get("iscrowd", 0)]
+        return sample["annotations"]
 
     def _masks(self, annotations, transforms, image_size, sample) -> PolygonMasks | BitMasks:
         segmentations = []
@@ -225,6 +235,13 @@ def _boxes(annotations: list[dict[str, Any]], sample: dict[str, Any]) -> np.ndar
         if mode == BoxMode.XYWH_ABS:
             box[2:] += box[:2]
     return boxes
+
+
+def _moved(boxes: np.ndarray, transforms: T.TransformList, image_size: tuple[int, int]) -> Boxes:
+    """What is left of boxes (N, 4) inside the augmented image, whose size is (height, width)."""
+    moved = Boxes(torch.as_tensor(move_regions(transforms, boxes), dtype=torch.float32))
+    moved.clip(image_size)
+    return moved[moved.nonempty()]
 
 
 def image_to_tensor(image: np.ndarray) -> torch.Tensor:

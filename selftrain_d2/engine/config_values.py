@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from selftrain_d2.data.loader import SAMPLERS
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.classes import is_segmentor
+from selftrain_d2.modeling.meta_arch.ignored_boxes import OVERLAPS
 
 __all__ = [
     "LR_SCHEDULERS",
@@ -77,6 +78,9 @@ RULES: dict[str, Rule] = {
     "SOLVER.MAX_SKIPPED_STEPS": _at_least(0),
     "SOLVER.WARMUP_METHOD": _one_of(lambda: ("constant", "linear")),
     "SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT": _at_least(0.0),
+    "SELFTRAIN.IGNORE_SCORE_THRESH": Rule(lambda value: 0 <= value <= 1, lambda: "a score in [0, 1]"),
+    "SELFTRAIN.IGNORE_OVERLAP": _one_of(lambda: OVERLAPS),
+    "SELFTRAIN.IGNORE_OVERLAP_THRESH": Rule(lambda value: 0 < value <= 1, lambda: "in (0, 1]"),
     "SELFTRAIN.MAX_BOXES_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.MAX_LOSS_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.THRESHOLDS": _one_of(lambda: ("fixed", "counts")),

@@ -22,14 +22,14 @@ class KindOfLabels:
 
     Attributes:
         amount: scalar, after the name of the source: labels of an image on average.
-        empty: scalar: share of the images without any.
-        vanish: warning when pseudo labels vanish.
+        empty: scalar: share of the images without any; None where that is not logged.
+        vanish: warning when pseudo labels vanish; None where that is no fault.
         explode: warning when there are too many; None where a multiple of the human labels is no fault.
     """
 
     amount: str
-    empty: str
-    vanish: str
+    empty: str | None = None
+    vanish: str | None = None
     explode: str | None = None
 
 
@@ -55,6 +55,7 @@ KINDS = {
         f"steps are not ignored, {_LIMIT}, and of {{empty:.1%}} of the images none. The student learns next to "
         f"nothing from them. {_ADVICE}",
     ),
+    "ignored_boxes": KindOfLabels(amount="ignored_boxes_per_image"),
 }
 
 
@@ -64,9 +65,9 @@ class LabelMonitor(HookBase):
     Every ``period`` steps, over all processes, these go to the log, as the augmented images have them, for human
     and pseudo labels: ``human_boxes_per_image`` and ``human_empty_share`` (images without boxes) of boxes;
     ``human_valid_pixel_share`` (pixels that are not ignored; those beside a scaled-down image are) and
-    ``human_all_ignored_share`` (images without such a pixel) of masks. And ``images_per_second``, of the steps
-    alone, without evaluation. A warning comes when pseudo labels begin to vanish or to explode, not again while
-    they stay so.
+    ``human_all_ignored_share`` (images without such a pixel) of masks; ``human_ignored_boxes_per_image`` where boxes
+    are ignored. And ``images_per_second``, of the steps alone, without evaluation. A warning comes when pseudo labels
+    begin to vanish or to explode, not again while they stay so.
 
     Args:
         min_nonempty_share: warns while a smaller share of the pseudo-labeled images has a box, or of their pixels
@@ -114,7 +115,8 @@ class LabelMonitor(HookBase):
                 for i in (1, 2)
             )
             for name, values in ((KINDS[kind].amount, amounts), (KINDS[kind].empty, empty_shares)):
-                scalars.update({f"{source}_{name}": value for source, value in values.items()})
+                if name is not None:
+                    scalars.update({f"{source}_{name}": value for source, value in values.items()})
             if len(amounts) == len(LABEL_SOURCES):
                 self._judge(kind, amounts, empty_shares["pseudo"])
         if scalars:
@@ -127,11 +129,12 @@ class LabelMonitor(HookBase):
         # Of boxes this is the share of images that have one, of pixels the share that is not ignored.
         share = min(1 - empty, amounts["pseudo"])
         limit = self.min_nonempty_share
-        self._warn(
-            share < limit,
-            (kind, "vanish"),
-            KINDS[kind].vanish.format(share=share, empty=empty, limit=limit, period=self.period),
-        )
+        if KINDS[kind].vanish is not None:
+            self._warn(
+                share < limit,
+                (kind, "vanish"),
+                KINDS[kind].vanish.format(share=share, empty=empty, limit=limit, period=self.period),
+            )
         if KINDS[kind].explode is not None:
             limit = self.max_boxes_ratio
             self._warn(

@@ -48,7 +48,12 @@ PANELS = (
         "Labels of the augmented images",
         "boxes per image",
         False,
-        {"human_boxes_per_image": "human", "pseudo_boxes_per_image": "pseudo"},
+        {
+            "human_boxes_per_image": "human",
+            "pseudo_boxes_per_image": "pseudo",
+            "human_ignored_boxes_per_image": "human, ignored",
+            "pseudo_ignored_boxes_per_image": "pseudo, ignored",
+        },
     ),
     (
         "Images without boxes",

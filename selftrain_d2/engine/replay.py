@@ -173,6 +173,8 @@ _FIELDS = {
 
 def _to_plain(sample: dict[str, Any]) -> dict[str, Any]:
     plain = {key: sample[key] for key in _SAVED if key in sample}
+    if "ignored_boxes" in sample:
+        plain["ignored_boxes"] = sample["ignored_boxes"].tensor
     if "instances" in sample:
         fields = {}
         for name, value in sample["instances"].get_fields().items():
@@ -185,6 +187,8 @@ def _to_plain(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _from_plain(plain: dict[str, Any]) -> dict[str, Any]:
     sample = dict(plain)
+    if "ignored_boxes" in plain:
+        sample["ignored_boxes"] = Boxes(plain["ignored_boxes"])
     if "instances" in plain:
         restore = {label: from_plain for label, _, from_plain in _FIELDS.values()}
         sample["instances"] = Instances(tuple(plain["instances"]["image_size"]))

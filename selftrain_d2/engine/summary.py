@@ -137,7 +137,9 @@ def _refined(stage: dict[str, Any]) -> str:
 def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode, task: Task) -> None:
     """Some of the unlabeled images that got labels, evenly spread over the list: not chosen by what they show."""
     folder, score_thresh = output / "pseudo_labels", summary["score_thresh"]
-    pseudo = load_pseudo_labels(folder, **summary["stages"]["pseudo_labels"]["selection"])
+    selection = summary["stages"]["pseudo_labels"]["selection"]
+    # Drawn are the objects that the student learns, not what it ignores.
+    pseudo = load_pseudo_labels(folder, **{**selection, "ignore_score_thresh": None})
     names = sorted(task.interesting(pseudo))
     shown = names[:: max(1, len(names) // CONTACT_SHEET_ROWS)][:CONTACT_SHEET_ROWS]
     student.SELFTRAIN.TTA.SCALES, student.SELFTRAIN.TTA.FLIP = (1.0,), False  # as it is evaluated

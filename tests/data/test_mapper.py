@@ -17,7 +17,7 @@ from PIL import Image
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.augmentation.box_only import BoxOnlyTransform
-from selftrain_d2.data.augmentation.geometric import AffineTransform
+from selftrain_d2.data.augmentation.geometric import AffineTransform, ResizeCropPadTransform
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper, read_image
 from selftrain_d2.errors import InputError
 
@@ -399,3 +399,76 @@ def test_transform_lists_are_flat(record):
     np.random.seed(1)
     sample = mapper(record)
     np.testing.assert_array_equal(drawn.apply_image(image).transpose(2, 0, 1), sample["image"].numpy())
+
+
+# ---- boxes that are neither objects nor background --------------------------------------------------
+
+
+def hull(pixels):
+    """Of the True ones, XYXY."""
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+@pytest.mark.parametrize("policy", ["S1", "S3", "S4"])
+def test_ignored_boxes_are_where_their_pixels_are(tmp_path, policy):
+    """Flipped, cropped, resized, turned: a white box on black. The object beside it is where it is without."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[20:50, 30:60] = 255
+    Image.fromarray(image).save(tmp_path / "a.png")
+    annotations = [
+        {"bbox": [2, 4, 20, 50], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1, "score": 0.9},
+        {"bbox": [30, 20, 60, 50], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 1},
+    ]
+    record = {"file_name": str(tmp_path / "a.png"), "label_source": "pseudo", "annotations": annotations}
+    cfg = make_config(POLICY=policy, IMAGE_SIZE=128, SCALE_RANGE=(0.8, 2.0))
+    mapper, seen, visible = SelfTrainingDatasetMapper(cfg, True), 0, []
+    for seed in range(40):
+        samples = []
+        for changes in ({"ignore_crowd": True}, {}):
+            np.random.seed(seed)
+            samples.append(mapper({**record, **changes}))
+        ignoring, plain = samples
+        assert set(ignoring) - set(plain) == {"ignored_boxes"} and "ignore_crowd" not in ignoring
+        assert torch.equal(ignoring["image"], plain["image"])
+        for field in ("gt_boxes", "gt_classes"):
+            one, other = (s["instances"].get(field) for s in samples)
+            assert torch.equal(getattr(one, "tensor", one), getattr(other, "tensor", other))
+        white = ignoring["image"].min(dim=0)[0].numpy() > 190
+        boxes = ignoring["ignored_boxes"].tensor.numpy()
+        if policy != "S1":  # colours and occlusion are changed too: the box may show less than it is
+            visible.append(len(boxes))
+        elif white.any():
+            seen += 1
+            np.testing.assert_allclose(boxes, [hull(white)], atol=1.5)
+        else:
+            assert not len(boxes) or (boxes[0, 2:] - boxes[0, :2]).min() < 1.5
+    assert seen > 20 or policy != "S1"
+    assert len(visible) in (0, 40) and set(visible) <= {0, 1}
+
+
+def test_little_that_is_left_of_an_ignored_box_is_no_background(record):
+    """5 of its 100 pixels: an object is lost there, a region is not. Of what is outside nothing is left."""
+
+    def mapped(crowd):
+        box = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": crowd}
+        annotations = [{**box, "bbox": [0, 0, 80, 10]}, {**box, "bbox": [40, 30, 80, 60]}]
+        cut = ResizeCropPadTransform((2.0, 2.0), (6, 76), (40, 8), (64, 64))
+        return make_mapper(cut, ignore_crowd=True)({**record, "annotations": annotations})
+
+    objects, regions = mapped(0), mapped(1)
+    # Columns 76 to 80 and rows 6 to 26 are seen, twice as large: 16 of 800 pixels of the first box.
+    assert len(objects["instances"]) == 0 and len(objects["ignored_boxes"]) == 0
+    assert regions["ignored_boxes"].tensor.tolist() == [[0, 0, 8, 8]]
+    assert regions["ignored_boxes"].tensor.dtype == torch.float32
+
+
+def test_crowds_are_ignored_where_the_config_says_so(record):
+    cfg = make_config()
+    assert "ignored_boxes" not in SelfTrainingDatasetMapper(cfg, True)(record)
+    cfg.SELFTRAIN.IGNORE_CROWD = True
+    assert len(SelfTrainingDatasetMapper(cfg, True)(record)["ignored_boxes"]) == 1
+    assert len(SelfTrainingDatasetMapper(cfg, True)({**record, "annotations": []})["ignored_boxes"]) == 0
+    assert "ignored_boxes" not in SelfTrainingDatasetMapper(cfg, False)(record)
+    sample = make_mapper(T.HFlipTransform(80), ignore_crowd=True)(record)
+    assert sample["ignored_boxes"].tensor.tolist() == [[0, 0, 80, 60]]

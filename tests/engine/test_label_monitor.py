@@ -120,3 +120,13 @@ def test_a_supervised_step_has_no_pseudo_labels(warnings_of):
     trainer.run(LabelMonitor(period=2), 2, (2, 6, 0), (0, 0, 0))
     assert "pseudo_empty_share" not in trainer.logged and warnings_of() == []
     assert torch.is_tensor(LabelMonitor()._counts)
+
+
+def test_ignored_boxes_are_counted_and_never_warned_of(warnings_of):
+    trainer = _Trainer()
+    trainer.run(LabelMonitor(period=2), 2, (2, 0, 2), (4, 90, 1), kinds=["ignored_boxes"])
+    assert {name: value for name, value in trainer.logged.items() if name != "images_per_second"} == {
+        "human_ignored_boxes_per_image": 0.0,
+        "pseudo_ignored_boxes_per_image": 22.5,
+    }
+    assert warnings_of() == []

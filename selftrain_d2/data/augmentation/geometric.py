@@ -12,7 +12,7 @@ import math
 
 import cv2
 import numpy as np
-from fvcore.transforms.transform import Transform
+from fvcore.transforms.transform import Transform, TransformList
 
 from selftrain_d2.data.augmentation.pixel import FILL_VALUE
 from selftrain_d2.errors import InputError
@@ -43,8 +43,15 @@ class CanvasTransform(Transform):
             (N, 4): the hulls of the moved corners, clipped to the canvas; zero width and height where
             too little is left.
         """
+        return self._apply_box(box, self.min_area_fraction)
+
+    def apply_region(self, box: np.ndarray) -> np.ndarray:
+        """As ``apply_box``, for boxes of which anything that is left counts."""
+        return self._apply_box(box, 0.0)
+
+    def _apply_box(self, box: np.ndarray, min_area_fraction: float) -> np.ndarray:
         hulls = super().apply_box(np.array(box, dtype=np.float64).reshape(-1, 4))
-        return clip_boxes(hulls, self.height, self.width, self.min_area_fraction)
+        return clip_boxes(hulls, self.height, self.width, min_area_fraction)
 
     def apply_polygons(self, polygons: list) -> list:
         """
@@ -260,6 +267,17 @@ class ResizeCropPadTransform(CanvasTransform):
         if below or right:
             resized = cv2.copyMakeBorder(resized, 0, below, 0, right, cv2.BORDER_CONSTANT, value=fill)
         return resized.reshape(*self.output, *array.shape[2:])
+
+
+def move_regions(transforms: TransformList, boxes: np.ndarray) -> np.ndarray:
+    """Boxes (N, 4) XYXY in pixels after all transforms, where an object would be lost too: what is left of them.
+
+    Of a region that is ignored, a small part is still no background. Zero width and height where nothing is left.
+    """
+    for transform in transforms.transforms:
+        move = transform.apply_region if isinstance(transform, CanvasTransform) else transform.apply_box
+        boxes = move(boxes)
+    return boxes
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int, min_area_fraction: float) -> np.ndarray:

@@ -119,52 +119,76 @@ def _rebuild(kind: type, tensors: dict[str, torch.Tensor], *arguments: Any) -> P
 
 
 class PseudoLabelDataset(PseudoImageDataset):
-    """Images with pseudo boxes: an image takes 24 bytes and its name, a box 24 bytes and its mask."""
+    """Images with pseudo boxes: an image takes 24 bytes and its name, a box 24 bytes and its mask.
+
+    Boxes to ignore, if they were asked for, are columns of their own, and take 24 bytes each.
+    """
 
     def _labels(self, position: int, name: str, size: list[int]) -> dict[str, Any]:
-        return {"annotations": self._annotations(position, size)}
+        labels = {"annotations": self._annotations(position, size)}
+        return {**labels, "ignore_crowd": True} if "ignored_offsets" in self._columns else labels
 
     def described(self, class_names: Sequence[str]) -> str:
         numbers = np.bincount(self.category_ids, minlength=len(class_names))
         shown = ", ".join(f"{name} {number}" for name, number in zip(class_names, numbers))
-        return f"{numbers.sum()} pseudo boxes: {shown}"
+        return f"{numbers.sum()} pseudo boxes: {shown}{self._ignored_in_words()}"
 
     def _amount(self) -> str:
-        return f"{self.box_counts.sum()} boxes"
+        return f"{self.box_counts.sum()} boxes{self._ignored_in_words()}"
+
+    def _ignored_in_words(self) -> str:
+        return f"; {self.ignored_counts.sum()} more are ignored" if "ignored_offsets" in self._columns else ""
 
     @property
     def box_counts(self) -> np.ndarray:
-        """(N,) int64: boxes of each image."""
+        """(N,) int64: boxes of each image, without those to ignore."""
         return np.diff(self._columns["box_offsets"])[self._indices()]
 
     @property
+    def ignored_counts(self) -> np.ndarray:
+        """(N,) int64: boxes of each image that are to be ignored."""
+        if "ignored_offsets" not in self._columns:
+            return np.zeros(len(self), np.int64)
+        return np.diff(self._columns["ignored_offsets"])[self._indices()]
+
+    @property
     def category_ids(self) -> np.ndarray:
-        """(B,) int32: classes of all boxes, image by image."""
+        """(B,) int32: classes of all boxes but those to ignore, image by image."""
         return self._columns["category_ids"][self._items("box_offsets")]
 
     def _annotations(self, position: int, size: list[int]) -> list[dict[str, Any]]:
-        columns = self._columns
-        start, end = columns["box_offsets"][position : position + 2].tolist()
-        annotations = [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category_id, "score": score}
-            for box, category_id, score in zip(
-                *(columns[name][start:end].tolist() for name in ("boxes", "category_ids", "scores"))
-            )
-        ]
-        if "masks" in columns:
+        start, annotations = self._boxes(position, "box_offsets")
+        if "masks" in self._columns:
             for box, annotation in enumerate(annotations, start):
                 counts = self._text("masks", "mask_offsets", box)
                 if counts:
                     annotation["segmentation"] = {"size": size, "counts": counts}
+        if "ignored_offsets" in self._columns:
+            _, ignored = self._boxes(position, "ignored_offsets", "ignored_")
+            annotations += [{**annotation, "iscrowd": 1} for annotation in ignored]
         return annotations
 
+    def _boxes(self, position: int, offsets: str, prefix: str = "") -> tuple[int, list[dict[str, Any]]]:
+        """Where the boxes of an image begin in the columns of this prefix, and their annotations."""
+        start, end = self._columns[offsets][position : position + 2].tolist()
+        values = (
+            self._columns[prefix + name][start:end].tolist() for name in ("boxes", "category_ids", "scores")
+        )
+        return start, [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category_id, "score": score}
+            for box, category_id, score in zip(*values)
+        ]
 
-def shard_columns(table: pa.Table, kept: np.ndarray) -> dict[str, np.ndarray]:
+
+def shard_columns(
+    table: pa.Table, kept: np.ndarray, ignored: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """What a dataset takes from one shard, for :func:`join_columns`.
 
     Args:
         table: of the store's schema. Skipped images are left out.
         kept: bool, which of all boxes in the table.
+        ignored: likewise, which are neither objects nor background. None: there are no columns of them.
     """
     labeled = table["skipped"].is_null().to_numpy()
     counts = box_counts(table)
@@ -174,17 +198,24 @@ def shard_columns(table: pa.Table, kept: np.ndarray) -> dict[str, np.ndarray]:
     mask_lengths = np.zeros(len(rows), np.int32)  # zero where a row has no masks
     has_mask = np.repeat(pc.list_value_length(table["masks"]).to_numpy() > 0, counts)
     mask_lengths[has_mask] = pc.binary_length(masks).to_numpy()
-    return {
+    boxes = {
+        "boxes": flat_values(table, "boxes").reshape(-1, 4),
+        "scores": flat_values(table, "scores"),
+        "category_ids": flat_values(table, "category_ids"),
+    }
+    columns = {
         "names": characters(names),
         "name_lengths": pc.binary_length(names).to_numpy(),
         "sizes": np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1)[labeled],
         "box_lengths": np.bincount(rows[kept], minlength=table.num_rows)[labeled],
-        "boxes": flat_values(table, "boxes").reshape(-1, 4)[kept],
-        "scores": flat_values(table, "scores")[kept],
-        "category_ids": flat_values(table, "category_ids")[kept],
+        **{name: values[kept] for name, values in boxes.items()},
         "masks": characters(pc.filter(masks, pa.array(kept[has_mask]))),
         "mask_lengths": mask_lengths[kept],
     }
+    if ignored is not None:
+        columns["ignored_lengths"] = np.bincount(rows[ignored], minlength=table.num_rows)[labeled]
+        columns.update({f"ignored_{name}": values[ignored] for name, values in boxes.items()})
+    return columns
 
 
 def join_columns(shards: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -193,8 +224,9 @@ def join_columns(shards: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarra
     Returns:
         ``names`` (UTF-8) and ``name_offsets`` (N + 1,); ``sizes`` (N, 2), height and width; ``box_offsets``
         (N + 1,); ``boxes`` (B, 4) XYXY in pixels, ``scores`` (B,), ``category_ids`` (B,); and if there are masks
-        ``masks`` (ASCII) and ``mask_offsets`` (B + 1,). What belongs to item i reaches from the i-th offset to
-        the next one.
+        ``masks`` (ASCII) and ``mask_offsets`` (B + 1,). Boxes to ignore, if asked for, likewise: ``ignored_offsets``,
+        ``ignored_boxes``, ``ignored_scores``, ``ignored_category_ids``. What belongs to item i reaches from the i-th
+        offset to the next one.
     """
     parts: dict[str, list[np.ndarray]] = {}
     for shard in shards:

@@ -29,6 +29,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     matching_threshold,
     resolve_thresholds,
     select_boxes,
+    thresholds_of_classes,
 )
 from selftrain_d2.data.pseudo_labels.shards import SCHEMA, box_counts, flat_values, read_shards
 from selftrain_d2.errors import InputError
@@ -69,6 +70,7 @@ def load_pseudo_labels(
     image_root: str | os.PathLike | None = None,
     top_k: int | None = None,
     boxes_per_image: float | None = None,
+    ignore_score_thresh: ScoreThreshold | None = None,
 ) -> PseudoImageDataset:
     """Read pseudo labels as detectron2 dataset dicts. Every shard is checked against its SHA-256.
 
@@ -81,12 +83,17 @@ def load_pseudo_labels(
         boxes_per_image: in place of ``score_thresh``: take the threshold that leaves this many boxes an image on
             average, as nearly as can be, e.g. as many as human labels have. Images without boxes count. The
             threshold is logged.
+        ignore_score_thresh: boxes of at least this score that are not selected by the above are neither objects nor
+            background: one number, or one by class name, for every class. None: they are left out.
 
     Returns:
         One dict per labeled image, images without boxes included (they train as all-negative):
         ``file_name, image_id, height, width, label_source="pseudo", annotations``; each annotation has
         ``bbox`` (XYXY, pixels), ``bbox_mode``, ``category_id`` (contiguous), ``score``, and of a teacher with
         masks ``segmentation`` (RLE, for INPUT.MASK_FORMAT "bitmask"). Each dict is made when asked for.
+
+        With ``ignore_score_thresh`` dicts also have ``ignore_crowd`` True, which tells ``SelfTrainingDatasetMapper``
+        what ``iscrowd`` 1 means: the boxes to ignore have it; they come last, without masks.
 
         Masks of a segmentor have, in place of annotations, ``sem_seg_file_name`` and what
         ``SelfTrainingDatasetMapper`` needs to check and threshold it, ``sem_seg_sha256`` and
@@ -98,17 +105,28 @@ def load_pseudo_labels(
             argument does not go with masks.
     """
     manifest = read_manifest(folder)
-    thresholds = resolve_thresholds(manifest, score_thresh, top_k, boxes_per_image)
+    thresholds = resolve_thresholds(manifest, score_thresh, top_k, boxes_per_image, ignore_score_thresh)
     files = _shard_files(folder, manifest)
     image_root = manifest["image_root"] if image_root is None else str(image_root)
     if kind_of(manifest) is MASKS:
         return _load_masks(folder, files, least_percents(thresholds), image_root)
     if boxes_per_image is not None:
         thresholds[:] = _choose_threshold(folder, files, thresholds, top_k, boxes_per_image, manifest)
+    ignored_from = (
+        None if ignore_score_thresh is None else thresholds_of_classes(manifest, ignore_score_thresh)
+    )
     # The empty table gives the columns their types where there is no shard.
     tables = itertools.chain([SCHEMA.empty_table()], read_shards(files))
-    columns = join_columns(shard_columns(table, _selected(table, thresholds, top_k)) for table in tables)
+    columns = join_columns(_columns(table, thresholds, top_k, ignored_from) for table in tables)
     return PseudoLabelDataset(columns, image_root)
+
+
+def _columns(
+    table: pa.Table, thresholds: np.ndarray, top_k: int | None, ignored_from: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    selected = _selected(table, thresholds, top_k)
+    ignored = None if ignored_from is None else _selected(table, ignored_from, None) & ~selected
+    return shard_columns(table, selected, ignored)
 
 
 def _load_masks(

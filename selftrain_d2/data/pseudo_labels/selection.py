@@ -27,7 +27,7 @@ ScoreThreshold = Union[float, Mapping[str, float]]
 def selection_from_config(
     cfg: CfgNode, class_names: Sequence[str], counts: CountThresholds | None = None
 ) -> dict[str, Any]:
-    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K and BOXES_PER_IMAGE say.
+    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE and IGNORE_SCORE_THRESH say.
 
     Args:
         class_names: of the pseudo labels.
@@ -51,6 +51,7 @@ def selection_from_config(
         ),
         "top_k": selftrain.TOP_K or None,
         "boxes_per_image": selftrain.BOXES_PER_IMAGE or None,
+        "ignore_score_thresh": selftrain.IGNORE_SCORE_THRESH or None,
     }
     if counts is not None:
         selection["score_thresh"] = counts.score_thresh
@@ -97,7 +98,9 @@ def selection_in_words(cfg: CfgNode) -> str:
         words = list(selftrain.SCORE_THRESH_BY_CLASS)
         if words:
             text += f" ({', '.join(f'{name} {value:g}' for name, value in zip(words[::2], words[1::2]))})"
-    return text + (f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else "")
+    text += f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else ""
+    ignored = selftrain.IGNORE_SCORE_THRESH
+    return text + (f" (others of {ignored:g} or more ignored)" if ignored else "")
 
 
 def resolve_thresholds(
@@ -105,27 +108,33 @@ def resolve_thresholds(
     score_thresh: ScoreThreshold,
     top_k: int | None = None,
     boxes_per_image: float | None = None,
+    ignore_score_thresh: ScoreThreshold | None = None,
 ) -> np.ndarray:
     """Check a selection against what was written.
 
     Args:
         manifest: of the folder.
-        score_thresh, top_k, boxes_per_image: see ``load_pseudo_labels``.
+        score_thresh, top_k, boxes_per_image, ignore_score_thresh: see ``load_pseudo_labels``.
 
     Returns:
         (C,) float32, the threshold of each class; the floor where ``boxes_per_image`` will choose it.
 
     Raises:
         InputError: a threshold is no number from the floor to 1, or is missing or given for an unknown class;
-            ``top_k`` is not at least 1, ``boxes_per_image`` not above 0, or given beside thresholds by class; or one
-            of these two for masks.
+            ``top_k`` is not at least 1, ``boxes_per_image`` not above 0, or given beside thresholds by class; one of
+            these two or ``ignore_score_thresh`` for masks; or no box can have a score that is ignored.
     """
-    names, floor = class_names_of(manifest), manifest["score_floor"]
-    if "stuff_classes" in manifest and (top_k is not None or boxes_per_image is not None):
-        raise InputError(
-            "The pseudo labels are masks, of which the best boxes of an image or a number of boxes an image cannot be "
-            "taken: leave top_k and boxes_per_image out, or SELFTRAIN.TOP_K and BOXES_PER_IMAGE at 0."
-        )
+    if "stuff_classes" in manifest:
+        if top_k is not None or boxes_per_image is not None:
+            raise InputError(
+                "The pseudo labels are masks, of which the best boxes of an image or a number of boxes an image cannot "
+                "be taken: leave top_k and boxes_per_image out, or SELFTRAIN.TOP_K and BOXES_PER_IMAGE at 0."
+            )
+        if ignore_score_thresh is not None:
+            raise InputError(
+                "The pseudo labels are masks, whose pixels are ignored wherever they are not trained on: leave "
+                "ignore_score_thresh out, or SELFTRAIN.IGNORE_SCORE_THRESH at 0."
+            )
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise InputError(f"The best {top_k} boxes of an image cannot be taken: top_k must be at least 1.")
     if boxes_per_image is not None:
@@ -135,7 +144,25 @@ def resolve_thresholds(
             raise InputError(
                 "Give score thresholds by class or boxes_per_image, not both: it chooses one threshold."
             )
-        score_thresh = floor
+        score_thresh = manifest["score_floor"]
+    thresholds = thresholds_of_classes(manifest, score_thresh)
+    if ignore_score_thresh is not None:
+        ignored = thresholds_of_classes(manifest, ignore_score_thresh)
+        if top_k is None and boxes_per_image is None and (ignored >= thresholds).all():
+            raise InputError(
+                f"Boxes from a score of {ignore_score_thresh} on are to be ignored, but from {score_thresh} on all are "
+                "trained on: set ignore_score_thresh (SELFTRAIN.IGNORE_SCORE_THRESH) below that, or to 0."
+            )
+    return thresholds
+
+
+def thresholds_of_classes(manifest: Mapping[str, Any], score_thresh: ScoreThreshold) -> np.ndarray:
+    """(C,) float32.
+
+    Raises:
+        InputError: a threshold is no number from the floor to 1, or is missing or given for an unknown class.
+    """
+    names, floor = class_names_of(manifest), manifest["score_floor"]
     by_name = score_thresh if isinstance(score_thresh, Mapping) else dict.fromkeys(names, score_thresh)
     unknown = [name for name in by_name if name not in names]
     if unknown:

@@ -133,14 +133,18 @@ class Detection(Task):
 
     def count(self, folder: Path, selection: Mapping[str, Any]) -> dict[str, Any]:
         manifest = read_manifest(folder)
-        boxes = load_pseudo_labels(folder, **selection).box_counts
+        labels = load_pseudo_labels(folder, **selection)
+        boxes = labels.box_counts
         if not boxes.any():
             return {}
-        return {
+        counts = {
             "images_with_boxes": int((boxes > 0).sum()),
             "boxes": int(boxes.sum()),
             "boxes_above_floor": manifest["boxes"],
         }
+        if selection["ignore_score_thresh"] is not None:
+            counts["ignored_boxes"] = int(labels.ignored_counts.sum())
+        return counts
 
     def judge(self, output: Path, score_thresh: float) -> dict[str, Any]:
         truth = self._truth()
@@ -162,7 +166,8 @@ class Detection(Task):
         facts: dict[str, Any] = {"human_boxes_per_image": people / len(labeled.content["images"])}
         truth = self._truth()
         if truth is not None:
-            selected = load_pseudo_labels(output / "pseudo_labels", **selection)
+            objects = {**selection, "ignore_score_thresh": None}
+            selected = load_pseudo_labels(output / "pseudo_labels", **objects)
             everything = precision_recall_by_threshold(selected, truth, thresholds=[0.0])[0]
             facts["selected_quality"] = {"precision": everything.precision, "recall": everything.recall}
         return facts

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, SemanticSegmentor
 from detectron2.utils.events import get_event_storage
@@ -18,14 +19,15 @@ from selftrain_d2.modeling.meta_arch.classification import (
     bottom_up_features,
     without_classification,
 )
+from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule, never_background
 
 #: The two sources of labels, in the order of every pair in this package.
 LABEL_SOURCES = ("human", "pseudo")
 
 
-#: Kinds of labels that are counted. Those of an image are its number of boxes, and the share of its pixels that is
-#: not ignored, in [0, 1].
-LABEL_KINDS = ("boxes", "pixels")
+#: Kinds of labels that are counted. Those of an image are its number of boxes; the share of its pixels that is not
+#: ignored, in [0, 1]; and its number of boxes that are neither objects nor background.
+LABEL_KINDS = ("boxes", "pixels", "ignored_boxes")
 
 
 @dataclass
@@ -56,6 +58,9 @@ class LossesBySource:
     Images with ``label_source`` "classification" (joint training) pass through the backbone alone, below its pyramid,
     and the ``classification_head``.
 
+    What ``ignored_boxes`` of an image cover (``Boxes`` in its pixels, which a sample may have) is not learned as
+    background; see :mod:`~selftrain_d2.modeling.meta_arch.ignored_boxes`.
+
     Names of parameters are those of the plain architecture, so its weights fit as they are. For one of your
     own::
 
@@ -69,7 +74,9 @@ class LossesBySource:
         raw_losses: the last step's unweighted loss of each source, a scalar tensor, or None where the
             batch had no image of that source.
         label_counts: by a name of LABEL_KINDS and a source, how much the last step's images were labeled with:
-            boxes where samples have ``instances``, pixels where they have ``sem_seg``.
+            boxes where samples have ``instances``, pixels where they have ``sem_seg``, ignored boxes where they
+            have ``ignored_boxes``.
+        ignore_rule: when an ignored box covers another; by the config's SELFTRAIN.IGNORE_OVERLAP*.
         classification_head: None without joint training; see :func:`~.classification.add_classification_head`.
     """
 
@@ -79,6 +86,8 @@ class LossesBySource:
         self.raw_losses: dict[str, Tensor | None] = dict.fromkeys(LABEL_SOURCES)
         self.label_counts = no_labels()
         self.classification_head: ClassificationHead | None = None
+        cfg = next((x for x in (*args, kwargs.get("cfg")) if isinstance(x, CfgNode)), None)
+        self.ignore_rule = OverlapRule() if cfg is None else OverlapRule.from_config(cfg)
         # raw losses of each forward pass, inside `one_step`
         self._passes: list[dict[str, Tensor | None]] | None = None
 
@@ -108,7 +117,8 @@ class LossesBySource:
             nothing_valid = self.all_pixels_are_ignored(samples)
             if nothing_valid:
                 samples = [{**x, "sem_seg": torch.zeros_like(x["sem_seg"])} for x in samples]
-            with get_event_storage().name_scope(source):
+            ignoring = never_background(self, samples, self.ignore_rule)
+            with get_event_storage().name_scope(source), ignoring:
                 losses[source] = super().forward(samples)
             if nothing_valid:
                 losses[source] = without_pixel_losses(losses[source])
@@ -166,6 +176,8 @@ class LossesBySource:
                 self.label_counts["boxes"][source].add(len(sample["instances"]))
             if "sem_seg" in sample:
                 self.label_counts["pixels"][source].add(self._valid_pixel_share(sample))
+            if "ignored_boxes" in sample:
+                self.label_counts["ignored_boxes"][source].add(len(sample["ignored_boxes"]))
 
     @contextlib.contextmanager
     def one_step(self, batches: Sequence[list[dict]]) -> Iterator[None]:
@@ -214,7 +226,7 @@ def without_pixel_losses(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 def pseudo_labels_in_words(model: nn.Module) -> str:
     """How much the pseudo-labeled images of a model's last step are labeled, e.g. "1 box on 10 images"."""
     counts = getattr(model, "label_counts", no_labels())
-    boxes, pixels = (counts[kind]["pseudo"] for kind in LABEL_KINDS)
+    boxes, pixels = (counts[kind]["pseudo"] for kind in ("boxes", "pixels"))
     if pixels.images and not boxes.images:
         images = _number(pixels.images, "image", "images")
         return f"{pixels.labels / pixels.images:.2%} of the pixels of {images} have a class"

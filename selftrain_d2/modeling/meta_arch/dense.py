@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_point_box_distance
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
@@ -19,6 +19,7 @@ from selftrain_d2.modeling.meta_arch.by_source import (
     by_source,
 )
 from selftrain_d2.modeling.meta_arch.classification import without_classification
+from selftrain_d2.modeling.meta_arch.ignored_boxes import ignored_boxes
 
 
 class DenseLossesBySource(LossesBySource):
@@ -35,6 +36,9 @@ class DenseLossesBySource(LossesBySource):
     positive anchors too large against that of one with few. So where there are pseudo labels the averages have no
     start value (bias-corrected); without pseudo labels they are detectron2's.
 
+    Background anchors that an image's ``ignored_boxes`` cover are labeled -1, which the detector's ``losses`` must
+    leave out of the class loss, as RetinaNet's does. Positive anchors stay, so no normalizer changes.
+
     Attributes:
         normalize_by_batch: 1 + the number of the step, in place of the moving average.
         positive_anchor_averages: of each source seen so far, the decayed sum of its numbers of positive anchors, and of
@@ -50,10 +54,13 @@ class DenseLossesBySource(LossesBySource):
         self._normalizers: dict[str, float] = {}
         self._sources: dict[str, list[int]] = {}
         self._source = ""
+        #: of each image of the current batch; None where there are none
+        self._ignored: list[Boxes] | None = None
 
     def losses_by_source(self, batched_inputs: list[dict]) -> dict[str, dict[str, Tensor]]:
         """As in ``LossesBySource``, of one pass of ``DenseDetector.forward``: `forward_training` splits it."""
         self._sources = by_source(batched_inputs)
+        self._ignored = ignored_boxes(batched_inputs, self.device)
         if self._passes is None:
             self._positives, self._normalizers = {}, {}
         return super(LossesBySource, self).forward(batched_inputs)
@@ -80,11 +87,20 @@ class DenseLossesBySource(LossesBySource):
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As the detector's, with the step's positive anchors counted."""
+        """As the detector's, with the step's positive anchors counted, and without the background that is ignored."""
         labels, boxes = super().label_anchors(anchors, gt_instances)
         if self._source not in self._positives:
             self._positives[self._source] = _over_processes(self._count_positive(labels))
+        if self._ignored is not None:
+            every_anchor = Boxes.cat(anchors)
+            for image, labels_of_image in zip(self._sources[self._source], labels):
+                covered = self.covered(every_anchor, self._ignored[image])
+                labels_of_image[covered & (labels_of_image == self.num_classes)] = -1
         return labels, boxes
+
+    def covered(self, anchors: Boxes, ignored: Boxes) -> Tensor:
+        """(R,) bool: which of R anchors at least one of an image's ignored boxes covers."""
+        return self.ignore_rule.covered(anchors, ignored)
 
     def _count_positive(self, labels: list[Tensor]) -> Tensor:
         return sum(((x >= 0) & (x != self.num_classes)).sum() for x in labels)
@@ -159,4 +175,29 @@ class SelfTrainingFCOS(DenseLossesBySource, FCOS):
     """detectron2's FCOS; see :class:`DenseLossesBySource`.
 
     Like FCOS it is built from explicit arguments (LazyConfig), not from a config's META_ARCHITECTURE.
+
+    An ignored box covers a location that lies inside it, whatever ``ignore_rule``: FCOS compares points with boxes,
+    and the side of an "anchor", its level's stride, says nothing of the size of what is found there.
     """
+
+    def covered(self, anchors: Boxes, ignored: Boxes) -> Tensor:
+        distances = pairwise_point_box_distance(
+            anchors.get_centers(), ignored
+        )  # (R, M, 4): to the four sides
+        return (distances > 0).all(dim=2).any(dim=1)
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        *predictions_and_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """As ``FCOS.losses``, which knows no labels of -1: there, these have no class loss."""
+        if self._ignored is not None:
+            ignored = torch.stack(gt_labels) < 0
+            of_levels = ignored.unsqueeze(2).split([len(level) for level in anchors], dim=1)
+            # As background with such a logit they have a focal loss of 0, and no gradient.
+            pred_logits = [x.masked_fill(part, -1e4) for x, part in zip(pred_logits, of_levels)]
+            gt_labels = [labels.masked_fill(labels < 0, self.num_classes) for labels in gt_labels]
+        return super().losses(anchors, pred_logits, gt_labels, *predictions_and_boxes)

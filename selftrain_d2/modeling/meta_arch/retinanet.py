@@ -14,6 +14,7 @@ from torch import Tensor
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.matcher import BestAnchorMatcher
 from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource
+from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule
 from selftrain_d2.modeling.meta_arch.retinanet_head import set_head_norms
 from selftrain_d2.modeling.soft_nms import soft_nms
 
@@ -33,6 +34,7 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
         normalize_by_batch: bool = False,
         box_reg_loss_weight: float = 1.0,
         soft_nms_sigma: float = 0.0,
+        ignore_rule: OverlapRule | None = None,
         **kwargs,
     ):
         """
@@ -41,6 +43,7 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
                 moving average.
             box_reg_loss_weight: factor of the box loss.
             soft_nms_sigma: of :func:`soft_nms`; 0 for NMS.
+            ignore_rule: when an ignored box covers an anchor; None for the default rule.
             kwargs: as for ``RetinaNet``.
 
         Raises:
@@ -52,6 +55,7 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
         self.normalize_by_batch = normalize_by_batch
         self.box_reg_loss_weight = box_reg_loss_weight
         self.soft_nms_sigma = soft_nms_sigma
+        self.ignore_rule = ignore_rule or OverlapRule()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -69,6 +73,7 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
             "normalize_by_batch": keys.LOSS_NORMALIZER == "batch",
             "box_reg_loss_weight": keys.BBOX_REG_LOSS_WEIGHT,
             "soft_nms_sigma": keys.SOFT_NMS_SIGMA,
+            "ignore_rule": OverlapRule.from_config(cfg),
         }
 
     def losses(

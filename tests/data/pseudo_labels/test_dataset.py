@@ -31,12 +31,17 @@ IMAGE = st.fixed_dictionaries(
         "skipped": st.sampled_from([None, None, None, "OSError: broken"]),
     }
 )
-SELECTION = st.fixed_dictionaries(
-    {
-        "score_thresh": st.sampled_from([0.05, 0.3, 0.7, {"car": 0.1, "dog": 0.9, "tree": 0.5}]),
-        "top_k": st.none() | st.integers(1, 3),
-    }
-)
+BY_CLASS = {"car": 0.1, "dog": 0.9, "tree": 0.5}
+SELECTION = st.builds(
+    lambda thresholds, top_k: dict(zip(("score_thresh", "ignore_score_thresh"), thresholds), top_k=top_k),
+    st.sampled_from(
+        [
+            (0.05, None), (0.3, None), (0.7, None), (BY_CLASS, None),
+            (0.3, 0.1), (0.7, 0.05), (BY_CLASS, 0.3), (0.7, {"car": 0.05, "dog": 0.3, "tree": 1.0}),
+        ]
+    ),
+    st.none() | st.integers(1, 3),
+)  # fmt: skip
 
 
 def _name(position):
@@ -70,20 +75,28 @@ def _row(position, image):
     )
 
 
-def _expected(images, score_thresh, top_k=None):
+def _of_class(score_thresh, category):
+    return np.float32(score_thresh[CLASSES[category]] if isinstance(score_thresh, dict) else score_thresh)
+
+
+def _expected(images, score_thresh, top_k=None, ignore_score_thresh=None):
     dicts = []
     for position, image in enumerate(images):
         if image["skipped"]:
             continue
         kept = []
         for i, (score, category, _) in enumerate(image["boxes"]):
-            least = score_thresh[CLASSES[category]] if isinstance(score_thresh, dict) else score_thresh
-            if np.float32(score) >= np.float32(least):
+            if np.float32(score) >= _of_class(score_thresh, category):
                 kept.append(i)
         kept = sorted(sorted(kept, key=lambda i: -image["boxes"][i][0])[:top_k])
+        ignored = []
+        if ignore_score_thresh is not None:
+            for i, (score, category, _) in enumerate(image["boxes"]):
+                if i not in kept and np.float32(score) >= _of_class(ignore_score_thresh, category):
+                    ignored.append(i)
         size = [image["height"], image["width"]]
         annotations = []
-        for i in kept:
+        for i in kept + ignored:
             score, category, box = image["boxes"][i]
             annotations.append(
                 {
@@ -93,7 +106,9 @@ def _expected(images, score_thresh, top_k=None):
                     "score": float(np.float32(score)),
                 }
             )
-            if image["masks"]:
+            if i in ignored:
+                annotations[-1]["iscrowd"] = 1
+            elif image["masks"]:
                 annotations[-1]["segmentation"] = {"size": size, "counts": _mask(position, i)}
         dicts.append(
             {
@@ -105,7 +120,13 @@ def _expected(images, score_thresh, top_k=None):
                 "annotations": annotations,
             }
         )
+        if ignore_score_thresh is not None:
+            dicts[-1]["ignore_crowd"] = True
     return dicts
+
+
+def _objects(d):
+    return [a for a in d["annotations"] if not a.get("iscrowd")]
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,8 +145,9 @@ def test_it_is_the_list_that_a_loop_makes(images, selection, part):
         (pickle.loads(pickle.dumps(labels[part])), expected[part]),
     ):
         assert len(dataset) == len(dicts) and list(dataset) == dicts
-        assert dataset.box_counts.tolist() == [len(d["annotations"]) for d in dicts]
-        assert dataset.category_ids.tolist() == [a["category_id"] for d in dicts for a in d["annotations"]]
+        assert dataset.box_counts.tolist() == [len(_objects(d)) for d in dicts]
+        assert dataset.ignored_counts.tolist() == [len(d["annotations"]) - len(_objects(d)) for d in dicts]
+        assert dataset.category_ids.tolist() == [a["category_id"] for d in dicts for a in _objects(d)]
         assert dataset.sizes.tolist() == [[d["height"], d["width"]] for d in dicts]
 
 
@@ -194,6 +216,19 @@ def test_it_cannot_be_changed(labels):
 def test_it_says_what_it_is(labels):
     boxes = sum(len(d["annotations"]) for d in labels)
     assert repr(labels) == f"PseudoLabelDataset(40 images of /photos, {boxes} boxes)"
+
+
+def test_ignored_boxes_change_nothing_else(tmp_path, images):
+    """Nor the threshold that a number of boxes an image chooses."""
+    _write(tmp_path, images)
+    every_box = sum(len(image["boxes"]) for image in images)
+    for selection in ({"score_thresh": 0.7}, {"boxes_per_image": 0.5}, {"score_thresh": 0.2, "top_k": 1}):
+        plain = load_pseudo_labels(tmp_path, **selection)
+        ignoring = load_pseudo_labels(tmp_path, **selection, ignore_score_thresh=0.1)
+        assert [_objects(d) for d in ignoring] == [d["annotations"] for d in plain]
+        assert 0 < ignoring.ignored_counts.sum() == every_box - plain.box_counts.sum()
+        assert plain.described(CLASSES) in ignoring.described(CLASSES)
+        assert f"{ignoring.ignored_counts.sum()} more are ignored" in ignoring.described(CLASSES)
 
 
 def test_the_chosen_threshold_is_logged(tmp_path, images, caplog):

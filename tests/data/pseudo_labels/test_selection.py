@@ -79,6 +79,10 @@ def test_one_threshold_or_one_by_class():
         ({"score_thresh": 0.5, "boxes_per_image": 0}, "above 0"),
         ({"score_thresh": 0.5, "boxes_per_image": float("nan")}, "above 0"),
         ({"score_thresh": 0.5, "boxes_per_image": float("inf")}, "above 0"),
+        ({"score_thresh": 0.5, "ignore_score_thresh": 0.04}, r"0\.04 is outside \[0\.05, 1\]"),
+        ({"score_thresh": 0.5, "boxes_per_image": 2, "ignore_score_thresh": 0.04}, "outside"),
+        ({"score_thresh": 0.5, "ignore_score_thresh": 0.5}, r"from a score of 0\.5 on .* from 0\.5 on"),
+        ({"score_thresh": 0.5, "ignore_score_thresh": {"car": 0.1, "dog": 0.1}}, "'tree' has no score"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -89,7 +93,7 @@ def test_mistakes(arguments, message):
 def test_from_config():
     cfg = get_cfg()
     add_selftrain_config(cfg)
-    defaults = {"score_thresh": 0.5, "top_k": None, "boxes_per_image": None}
+    defaults = {"score_thresh": 0.5, "top_k": None, "boxes_per_image": None, "ignore_score_thresh": None}
     assert selection_from_config(cfg, CLASSES) == defaults
     cfg.SELFTRAIN.SCORE_THRESH, cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = 0.6, ("dog", 0.8)
     cfg.SELFTRAIN.TOP_K = 5
@@ -98,11 +102,28 @@ def test_from_config():
         "score_thresh": {"car": 0.6, "dog": 0.8, "tree": 0.6},
         "top_k": 5,
         "boxes_per_image": None,
+        "ignore_score_thresh": None,
     }
     assert selection_in_words(cfg) == "score 0.6 or more (dog 0.8), the best 5 of an image"
+    cfg.SELFTRAIN.IGNORE_SCORE_THRESH = 0.25
+    assert selection_from_config(cfg, CLASSES) == {**chosen, "ignore_score_thresh": 0.25}
+    assert selection_in_words(cfg).endswith(", the best 5 of an image (others of 0.25 or more ignored)")
     cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("dog", 0.8, "car")
     with pytest.raises(InputError, match="'car' stands alone"):
         selection_from_config(cfg, CLASSES)
     cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("bus", 0.8)
     with pytest.raises(InputError, match="no class 'bus'"):
         resolve_thresholds(MANIFEST, **selection_from_config(cfg, CLASSES))
+
+
+def test_what_may_be_ignored():
+    """Some class has room below its threshold, or boxes may be left over by other rules."""
+    for arguments in (
+        {"score_thresh": {"car": 0.3, "dog": 0.7, "tree": 0.3}, "ignore_score_thresh": 0.5},
+        {"score_thresh": 0.5, "top_k": 1, "ignore_score_thresh": 0.5},
+        {"score_thresh": 0.5, "boxes_per_image": 2, "ignore_score_thresh": 0.5},
+    ):
+        resolve_thresholds(MANIFEST, **arguments)
+    masks = {"stuff_classes": CLASSES, "score_floor": 0.05}
+    with pytest.raises(InputError, match=r"are masks.*IGNORE_SCORE_THRESH at 0"):
+        resolve_thresholds(masks, 0.5, ignore_score_thresh=0.2)
