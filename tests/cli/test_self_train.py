@@ -102,7 +102,7 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
     for picture in ("contact_sheet.png", "precision_recall.png"):
         assert (output / picture).stat().st_size > 5000
     assert "| student |" in capsys.readouterr().out
-    assert (output / "summary.md").read_text().count("| 3 (the last 1 on human labels alone) | 2 + ") == 2
+    assert (output / "summary.md").read_text().count("| 3 (the last 1 on human labels alone) | 2 + ") == 3
 
     # The student's steps logged both losses; the teacher's had none to balance.
     student = [json.loads(line) for line in (output / "student" / "metrics.json").read_text().splitlines()]
@@ -239,7 +239,8 @@ def test_a_worse_second_round_is_not_made_unless_asked_for(command, tmp_path, mo
 def test_two_rounds(command, tmp_path):
     """With thresholds by people's counts, for each round's labels anew."""
     command.remove("--control")
-    assert main([*command[:1], "--rounds", "2", *command[1:], "SELFTRAIN.THRESHOLDS", "counts"]) == 0
+    rounds = ["--rounds", "2", "--keep-going"]
+    assert main([*command[:1], *rounds, *command[1:], "SELFTRAIN.THRESHOLDS", "counts"]) == 0
     summary = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert list(summary["stages"]) == [
         "teacher", "pseudo_labels", "student", "round_2/pseudo_labels", "round_2/student",
