@@ -301,6 +301,7 @@ def test_a_larger_student_from_random_weights_and_an_average_as_next_teacher(com
         (["SELFTRAIN.STUDENT", "('SOLVER.WARMUP_ITERS', 3)"], ["SOLVER.WARMUP_ITERS is 3"]),
         (["SELFTRAIN.SCORE_THRESH_BY_CLASS", "('blue', 0.5)"], ["no class 'blue'"]),
         (["SELFTRAIN.SCORE_THRESH", "0.0001"], ["The score threshold 0.0001"]),
+        (["SELFTRAIN.IGNORE_SCORE_THRESH", "0.4"], ["from a score of 0.4 on are to be ignored"]),
     ],
 )
 def test_mistakes_in_later_stages_are_told_before_the_first(command, tmp_path, capsys, options, words):

@@ -8,6 +8,9 @@ from detectron2.modeling import build_model
 
 from selftrain_d2 import InputError, LossNormalizer, SelfTrainingTrainer
 from selftrain_d2.data.classification import register_classification_folder
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.engine.launch import pseudo_labels, registered
 from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer
 from selftrain_d2.modeling.meta_arch import add_classification_head
 
@@ -200,3 +203,27 @@ def test_the_head_for_joint_training_has_classes_too(student_config, tmp_path):
     student_config.SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES = True
     anew = _anew(*_start(student_config, tmp_path, **facts))
     assert anew and all(name.startswith("classification_head.") for name in anew)
+
+
+def test_uncertain_boxes_of_a_folder_are_ignored_by_a_config_key(student_config, coco_set, tmp_path):
+    """From the labels on disk through a loader's worker to the model, which counts them."""
+    names = ["003.png", "004.png"]
+    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": coco_set.images}
+    with PseudoLabelWriter(tmp_path / "unsure", identity, names) as writer:
+        boxes = [[10, 10, 60, 60], [20, 20, 80, 80], [5, 30, 40, 90]]
+        writer.write_shard(0, [make_row(n, 96, 96, boxes, [0.9, 0.4, 0.1], [0, 1, 1]) for n in names])
+        writer.finish()
+    cfg = student_config
+    cfg.DATASETS.PSEUDO_TRAIN, cfg.SOLVER.MAX_ITER, cfg.DATALOADER.NUM_WORKERS = ("unsure",), 1, 1
+    found = {}
+    for threshold in (0.0, 0.3):
+        cfg.SELFTRAIN.IGNORE_SCORE_THRESH, cfg.OUTPUT_DIR = threshold, str(tmp_path / str(threshold))
+        with registered([pseudo_labels("unsure", str(tmp_path / "unsure"), cfg)]):
+            model = _trained(cfg).model
+        found[threshold] = model.label_counts, model.raw_losses, model.positive_anchor_averages
+    (off, off_losses, off_average), (on, on_losses, on_average) = found[0.0], found[0.3]
+    assert (off["ignored_boxes"]["pseudo"].images, on["ignored_boxes"]["human"].images) == (0, 0)
+    ignored = on["ignored_boxes"]["pseudo"]
+    assert (ignored.images, ignored.labels) == (1, 1) and on["boxes"] == off["boxes"]
+    assert torch.equal(on_losses["human"], off_losses["human"])
+    assert on_losses["pseudo"] < off_losses["pseudo"] and on_average == off_average
