@@ -191,7 +191,8 @@ def test_a_summary_has_a_row_for_each_test_set():
         "control": {**trained, "metrics": {}},
     }
     versions = {"torch": "2", "detectron2": "0.6"}
-    page = to_markdown({"stages": stages, "task": "segmentation", "seed": 0, "versions": versions})
+    summary = {"stages": stages, "task": "segmentation", "seed": 0, "versions": versions}
+    page = to_markdown({**summary, "in_words": ["Of no account here."]})
     for row in (
         "| teacher | 10.0 | - | - | 3 | 2 + 0 | 1.0 |",
         "| student on bonn | 10.0 | - | - | 3 | 2 + 0 | 1.0 |",
