@@ -41,6 +41,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fit_anchors_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--fit-anchors``."""
+    parser.add_argument(
+        "--fit-anchors",
+        action="store_true",
+        help="scale MODEL.ANCHOR_GENERATOR.SIZES by the one factor that brings most human boxes of each class within "
+        "reach; config.yaml has them",
+    )
+
+
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add detectron2's arguments for several processes."""
     parser.add_argument(

@@ -21,6 +21,7 @@ from selftrain_d2.data.segmentation_datasets import VOC_NAME, voc_2012_places
 from selftrain_d2.data.training_sets import get_human_dicts
 from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.launch import DatasetSpec, Processes, check_processes
+from selftrain_d2.inspection.box_reach import BoxReach
 
 Result = TypeVar("Result")
 
@@ -95,15 +96,28 @@ class Plan:
             alpha = f", alpha {cfg.SELFTRAIN.ALPHA:g}" if prefix == "PSEUDO_" else ""
             self.catalog(title, cfg.DATASETS[f"{prefix}TRAIN"], f", {images} images a step{alpha}")
 
-    def labels(self, cfg: CfgNode, training: bool = True) -> None:
-        """Read the COCO files that are there, with all the checks of the real run."""
+    def labels(self, cfg: CfgNode, training: bool = True) -> list[dict[str, Any]] | None:
+        """Read the COCO files that are there, with all the checks of the real run.
+
+        Returns:
+            The dataset dicts of DATASETS.TRAIN, if they were read.
+        """
+        read = {}
         checks = [(cfg.DATASETS.TEST, check_evaluation)]
         if training:
             checks.insert(0, (cfg.DATASETS.TRAIN, get_human_dicts))
         for names, check in checks:
             if set(names).isdisjoint(self.unread) and all(coco_dataset(name) for name in names):
                 files = [file for name in names for file in files_of_dataset(name)]
-                self.read(files, lambda check=check: check(cfg))
+                read[check] = self.read(files, lambda check=check: check(cfg))
+        return read.get(get_human_dicts)
+
+    def reach(self, reach: BoxReach | None) -> None:
+        """Say which human boxes the detector can be taught."""
+        if reach is not None:
+            self.say("boxes", reach.line())
+            if reach.warned:
+                self.say("warning", reach.warning())
 
     def model(self, cfg: CfgNode, model: nn.Module) -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6

@@ -12,10 +12,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import selftrain_d2  # noqa: F401  (registers every component)
+from selftrain_d2.cli.common import setup_config
 from selftrain_d2.data.pseudo_labels.manifest import kind_of, read_manifest
+from selftrain_d2.engine.box_reach import box_reach
+from selftrain_d2.engine.checks import build_without_memory
 from selftrain_d2.errors import InputError
+from selftrain_d2.inspection.box_reach import BoxReach
 from selftrain_d2.inspection.box_report import REPORT, config_words, write_report
-from selftrain_d2.inspection.inspect import inspect_labels
+from selftrain_d2.inspection.inspect import Inspection, inspect_labels
 from selftrain_d2.inspection.mask_report import REPORT as MASK_REPORT
 from selftrain_d2.inspection.mask_report import write_mask_report
 
@@ -30,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--human-labels", metavar="JSON", help="COCO JSON of the labeled set, to compare with; boxes alone"
+    )
+    parser.add_argument(
+        "--config-file",
+        metavar="FILE",
+        help="config of the detector, e.g. output/teacher/config.yaml: shows which of the --human-labels its anchors "
+        "reach at which image size",
     )
     parser.add_argument(
         "--image-root", metavar="DIR", help="where the images are, if not where they were when labeled"
@@ -51,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report_masks(args: argparse.Namespace, folder: Path, output: Path) -> None:
-    if args.human_labels is not None:
-        raise InputError("--human-labels compares boxes, but the pseudo labels are masks: leave it out.")
+    for option, value in (("--human-labels", args.human_labels), ("--config-file", args.config_file)):
+        if value is not None:
+            raise InputError(f"{option} compares boxes, but the pseudo labels are masks: leave it out.")
     write_mask_report(
         folder,
         output,
@@ -64,6 +76,23 @@ def _report_masks(args: argparse.Namespace, folder: Path, output: Path) -> None:
     print(output / MASK_REPORT)
 
 
+def _reach(args: argparse.Namespace, found: Inspection) -> BoxReach | None:
+    if args.config_file is None:
+        return None
+    if found.human is None:
+        raise InputError(
+            "--config-file shows which human boxes the detector reaches: give --human-labels as well."
+        )
+    cfg = setup_config(argparse.Namespace(config_file=args.config_file, allow_unsafe=False, opts=[]))
+    reach = box_reach(cfg, build_without_memory(cfg), found.human.dicts, found.class_names, by_size=True)
+    if reach is None:
+        raise InputError(
+            f"--config-file {args.config_file}: {cfg.MODEL.META_ARCHITECTURE} has no upright anchors to compare "
+            f"with, or {args.human_labels} no boxes: leave it out."
+        )
+    return reach
+
+
 def _report_boxes(args: argparse.Namespace, folder: Path, output: Path) -> None:
     found = inspect_labels(
         folder,
@@ -72,7 +101,7 @@ def _report_boxes(args: argparse.Namespace, folder: Path, output: Path) -> None:
         human_json=args.human_labels,
         image_root=args.image_root,
     )
-    numbers = write_report(found, output)
+    numbers = write_report(found, output, _reach(args, found))
     images, pseudo = numbers["images"], numbers["pseudo"]
     print(
         "{listed} images listed = {labeled} labeled + {empty} empty + {skipped} skipped.".format(**images),

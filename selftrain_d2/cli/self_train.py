@@ -19,7 +19,13 @@ import argparse
 import functools
 
 import selftrain_d2  # noqa: F401  (registers every component)
-from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
+from selftrain_d2.cli.common import (
+    add_config_arguments,
+    add_fit_anchors_argument,
+    add_launch_arguments,
+    processes_of,
+    setup_config,
+)
 from selftrain_d2.cli.jobs import add_jobs_arguments, devices_of, run_seeds
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.pipeline import self_train
@@ -116,6 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="write only pseudo boxes, or pixels, of at least this score",
     )
+    add_fit_anchors_argument(parser)
     add_launch_arguments(parser)
     add_config_arguments(parser)
 
@@ -137,6 +144,7 @@ def run(args: argparse.Namespace) -> None:
         "oracle": args.oracle,
         "keep_going": args.keep_going,
         "score_floor": args.score_floor,
+        "fit_anchors": args.fit_anchors,
         "allow_unsafe": args.allow_unsafe,
         "processes": processes_of(args),
     }

@@ -18,9 +18,18 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 import selftrain_d2  # noqa: F401  (registers every component)
-from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
+from selftrain_d2.cli.common import (
+    add_config_arguments,
+    add_fit_anchors_argument,
+    add_launch_arguments,
+    processes_of,
+    setup_config,
+)
 from selftrain_d2.cli.dry_run import NamedDataset, Plan
+from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.image_sources import check_outside
+from selftrain_d2.engine.anchor_fitting import with_fitted_anchors
+from selftrain_d2.engine.box_reach import box_reach, fit_anchors
 from selftrain_d2.engine.checks import build_without_memory, check_training
 from selftrain_d2.engine.config_checks import check_number_of_classes, check_test_sets
 from selftrain_d2.engine.launch import (
@@ -86,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the last checkpoint in OUTPUT_DIR, if there is one; without, the folder of a run is refused",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    add_fit_anchors_argument(parser)
     add_launch_arguments(parser)
     add_config_arguments(parser)
 
@@ -98,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only:
         evaluate(cfg, datasets, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
     else:
+        if args.fit_anchors:
+            cfg = with_fitted_anchors(cfg, datasets)
         train(cfg, datasets, resume=args.resume, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
 
 
@@ -120,7 +132,8 @@ def plan(args: argparse.Namespace) -> Plan:
                 check_number_of_classes(cfg, name)
             plan.model(cfg, build_without_memory(cfg))
         else:
-            plan.model(cfg, check_training(cfg, args.num_gpus * args.num_machines, plan.unread))
+            model = check_training(cfg, args.num_gpus * args.num_machines, plan.unread)
+            plan.model(cfg, model)
             plan.sources(cfg)
             plan.say(
                 "augmentation", f"{cfg.INPUT.AUGMENTATION.POLICY}, {cfg.INPUT.AUGMENTATION.IMAGE_SIZE} pixels"
@@ -134,7 +147,12 @@ def plan(args: argparse.Namespace) -> Plan:
             check_run_folder(cfg.OUTPUT_DIR, args.resume)
         plan.weights(cfg, resumed=args.resume)
         plan.catalog("evaluate on", cfg.DATASETS.TEST)
-        plan.labels(cfg, training=not args.eval_only)
+        humans = plan.labels(cfg, training=not args.eval_only)
+        if humans is not None:
+            if args.fit_anchors:
+                cfg = fit_anchors(cfg, model, humans)
+                plan.say("anchor sizes", cfg.MODEL.ANCHOR_GENERATOR.SIZES)
+            plan.reach(box_reach(cfg, model, humans, class_names(cfg.DATASETS.TRAIN[0])))
         plan.processes(processes_of(args), cfg.MODEL.DEVICE)
         plan.say("output", cfg.OUTPUT_DIR)
     return plan
@@ -145,6 +163,11 @@ def _config(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     if args.eval_only and not (cfg.DATASETS.TEST and cfg.MODEL.WEIGHTS):
         raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")
+    if args.eval_only and args.fit_anchors:
+        raise InputError(
+            "--fit-anchors goes with training: weights are evaluated with the anchors that they were trained with, "
+            "which the config.yaml of their run has."
+        )
     return cfg
 
 

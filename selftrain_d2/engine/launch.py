@@ -22,7 +22,12 @@ from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.classification import register_classification_folder
-from selftrain_d2.data.datasets import register_human_labels, register_pseudo_labels, unregister
+from selftrain_d2.data.datasets import (
+    class_names,
+    register_human_labels,
+    register_pseudo_labels,
+    unregister,
+)
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import absolute_root
 from selftrain_d2.data.pseudo_labels.counts import in_words, thresholds_by_counts
@@ -31,17 +36,24 @@ from selftrain_d2.data.pseudo_labels.selection import check_counts, class_names_
 from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.data.training_sets import count_human_boxes
+from selftrain_d2.engine.box_reach import tell_box_reach
 from selftrain_d2.engine.children import children_stopped
 from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.config_checks import check_evaluated_classes, check_test_sets
 from selftrain_d2.engine.logs import log_to_console, log_to_file
+from selftrain_d2.engine.loss_normalizer import model_of
 from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held, on_main_process
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
 from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
-from selftrain_d2.modeling.checkpoint import checkpoints_in, load_weights, require_complete
+from selftrain_d2.modeling.checkpoint import (
+    checkpoints_in,
+    load_weights,
+    require_complete,
+    require_same_anchors,
+)
 from selftrain_d2.modeling.torch_flags import torch_flag
 
 logger = logging.getLogger(__name__)
@@ -337,6 +349,9 @@ def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_un
     ):
         trainer = SelfTrainingTrainer(cfg, allow_unsafe=allow_unsafe)
         on_main_process(lambda: check_images((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+        if comm.is_main_process():
+            humans = trainer.data_loader.dataset.sources[0]
+            tell_box_reach(cfg, model_of(trainer), humans, class_names(cfg.DATASETS.TRAIN[0]))
         trainer.resume_or_load(resume)
         if comm.is_main_process():
             _write_config(cfg)  # not before: a run that is refused leaves that of the run before
@@ -356,6 +371,7 @@ def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool)
         model = SelfTrainingTrainer.build_model(cfg)
         report = load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe)
         require_complete(report, cfg.MODEL.WEIGHTS)
+        require_same_anchors(report, cfg)
         check_evaluated_classes(cfg, report.classes)
         results = SelfTrainingTrainer.test(cfg, model)
         for name, tasks in results_by_set(results if comm.is_main_process() else {}).items():

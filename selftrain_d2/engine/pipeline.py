@@ -24,6 +24,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     resolve_thresholds,
     selection_from_config,
 )
+from selftrain_d2.engine.anchor_fitting import with_fitted_anchors
 from selftrain_d2.engine.checks import check_training
 from selftrain_d2.engine.config_values import check_values, is_segmentor, merge_options, value_of
 from selftrain_d2.engine.launch import (
@@ -66,6 +67,7 @@ def self_train(
     oracle: bool = False,
     keep_going: bool = False,
     score_floor: float = 0.05,
+    fit_anchors: bool = False,
     allow_unsafe: bool = False,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def self_train(
             place of their pseudo labels: no labels of these images can give more. No other stage sees that truth.
         keep_going: make all rounds, also after one whose teacher is worse.
         score_floor: pseudo boxes, or pixels, of a lower score are not even written.
+        fit_anchors: see :func:`~selftrain_d2.engine.box_reach.fit_anchors`; all stages have the fitted anchors.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: of training and labeling; one by default.
 
@@ -109,6 +112,7 @@ def self_train(
         rounds=rounds,
         oracle=oracle,
         score_floor=score_floor,
+        fit_anchors=fit_anchors,
         allow_unsafe=allow_unsafe,
         processes=processes,
     )
@@ -127,6 +131,7 @@ def checked_loop(
     rounds: int = 1,
     oracle: bool = False,
     score_floor: float = 0.05,
+    fit_anchors: bool = False,
     allow_unsafe: bool = False,
     processes: Processes | None = None,
 ) -> _Loop:
@@ -155,6 +160,8 @@ def checked_loop(
             f"{output} holds runs of several seeds: give --seeds to go on with them, or choose another output folder."
         )
     loop.check(oracle)
+    if fit_anchors:
+        loop.fit_anchors()
     return loop
 
 
@@ -215,6 +222,13 @@ class _Loop:
             require_same_backbone(*models, student.MODEL.WEIGHTS)
         if oracle:
             self.task.truth_of(load_image_folder(self.task.unlabeled_images)[0], student.MODEL.MASK_ON)
+
+    def fit_anchors(self) -> None:
+        """Take anchors that fit the labeled boxes, in every stage."""
+        fitted = with_fitted_anchors(self.teacher_config(), self.task.datasets())
+        self.cfg = self.cfg.clone()
+        self.cfg.defrost()
+        self.cfg.MODEL.ANCHOR_GENERATOR.SIZES = fitted.MODEL.ANCHOR_GENERATOR.SIZES
 
     def run(self, rounds: int, control: bool, oracle: bool, keep_going: bool) -> dict[str, Any]:
         """All stages and the summary."""

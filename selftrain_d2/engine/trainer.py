@@ -49,7 +49,9 @@ from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
+    anchor_sizes,
     check_input_statistics,
+    other_anchors,
     require_same_model,
 )
 from selftrain_d2.modeling.meta_arch import add_classification_head
@@ -104,11 +106,12 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
             save_batch=self._save_batch,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        # A teacher knows what it detects, and how its images were normalized.
+        # A teacher knows what it detects, how its images were normalized, and what its boxes are relative to.
         self._facts = {
             "classes": CheckpointFacts({"thing_classes": list(class_names(cfg.DATASETS.TRAIN[0]) or [])}),
             "stage": Stage(cfg.SELFTRAIN.STAGE),
             "classification": CheckpointFacts({"classification_classes": classes}),
+            "anchors": CheckpointFacts({"anchor_sizes": anchor_sizes(cfg)}),
             "input": CheckpointFacts(
                 {
                     "format": cfg.INPUT.FORMAT,
@@ -151,6 +154,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         if self.checkpointer.report is not None and not self.start_iter:
             check_input_statistics(self.checkpointer.report.input, self.cfg)
             classifiers.compare(self.checkpointer.report)
+            if problem := other_anchors(self.checkpointer.report, self.cfg):
+                logger.warning(f"{problem}: its boxes are learned anew.")
         self.data_loader.batch_sampler.first_batch = self.start_iter
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from selftrain_d2.inspection.box_quality import ReliabilityBin, expected_calibration_error
+from selftrain_d2.inspection.box_reach import MOST_MISSED, BoxReach
 from selftrain_d2.inspection.box_statistics import COCO_SIZES, SIZE_EDGES, LabelStatistics
 from selftrain_d2.inspection.style import shortened
 from selftrain_d2.inspection.thresholds import f1_scores
@@ -22,6 +23,7 @@ from selftrain_d2.inspection.thresholds import f1_scores
 SIZE, DPI = (4.6, 3.1), 200
 SCORE_BIN = 0.05
 CLASSES_SHOWN = 20  # of those with the most boxes, where classes are drawn one by one
+CURVES_SHOWN = 4  # of one picture, in the colours of a theme
 FEW_BOXES = 20  # under this many, a share says little: drawn pale
 _ROW_HEIGHT, _COLUMNS = 1.05, 3
 
@@ -162,6 +164,25 @@ def boxes_per_image(statistics: LabelStatistics, human: LabelStatistics | None) 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y")
+    _legend(figure)
+    return figure
+
+
+def reach_by_size(reach: BoxReach) -> Figure:
+    """Share of the human boxes of the worst classes that the detector reaches, by image size."""
+    figure, axes = _figure()
+    for i in reach.worst[:CURVES_SHOWN]:
+        label = shortened(reach.class_names[i])
+        axes.plot(reach.image_sizes, 1 - reach.missed_by_size[:, i], linewidth=1.5, label=label)
+    axes.axhline(1 - MOST_MISSED, color=_text_color(), linewidth=0.9, linestyle=(0, (5, 2)))
+    _mark(axes, reach.image_size, "IMAGE_SIZE {:g}")
+    axes.set(xscale="log", xlim=(reach.image_sizes[0], reach.image_sizes[-1]), ylim=(0, 1.02))
+    axes.set(xlabel="Image size, pixels", ylabel="Human boxes within reach")
+    axes.xaxis.set_major_locator(_PowersOfTwo())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid()
     _legend(figure)
     return figure
 

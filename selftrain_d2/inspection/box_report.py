@@ -28,6 +28,7 @@ from selftrain_d2.data.image_files import read_image
 from selftrain_d2.files import write_json, write_text, writing
 from selftrain_d2.inspection import box_figures as figures
 from selftrain_d2.inspection.box_quality import expected_calibration_error
+from selftrain_d2.inspection.box_reach import BoxReach
 from selftrain_d2.inspection.box_sheet import image_tile, tile_sheet
 from selftrain_d2.inspection.box_statistics import LabelStatistics
 from selftrain_d2.inspection.checks import find_warnings
@@ -47,12 +48,15 @@ SHEETS = {
 }
 
 
-def write_report(found: Inspection, output: str | os.PathLike) -> dict[str, Any]:
+def write_report(
+    found: Inspection, output: str | os.PathLike, reach: BoxReach | None = None
+) -> dict[str, Any]:
     """Write the report.
 
     Args:
         found: from ``inspect_labels``.
         output: folder, made if it is not there. Files of an earlier report in it are replaced.
+        reach: which of the human boxes the detector can be taught, where that is known.
 
     Returns:
         What ``report.json`` holds.
@@ -65,6 +69,10 @@ def write_report(found: Inspection, output: str | os.PathLike) -> dict[str, Any]
         output.mkdir(parents=True, exist_ok=True)
     sheets = {name: _draw_sheet(found, name) for name in SHEETS if found.samples[name]}
     numbers = report_numbers(found)
+    if reach is not None:
+        numbers["reach"] = reach.numbers()
+        if reach.warned:
+            numbers["warnings"].append(reach.warning())
     shown = {tile["file"]: tile["problem"] for sheet in sheets.values() for tile in sheet}
     unreadable = [file for file, problem in shown.items() if problem is not None]
     numbers["sampled_images"] = {"shown": len(shown), "not_readable": len(unreadable)}
@@ -73,7 +81,7 @@ def write_report(found: Inspection, output: str | os.PathLike) -> dict[str, Any]
             f"{len(unreadable):,} of the {len(shown):,} images to show are not there as they were labeled, e.g. "
             f"{unreadable[0]}: say with --image-root where the images are now."
         )
-    diagrams = _diagrams(found)
+    diagrams = _diagrams(found, reach)
     for name in (*(f"{key}.png" for key in DIAGRAMS), *(f"images_{key}.png" for key in SHEETS)):
         (output / name).unlink(missing_ok=True)  # of an earlier report, with other inputs
     pictures = {name: _themed(draw, output / f"{name}.png") for name, draw in diagrams.items()}
@@ -226,12 +234,14 @@ DIAGRAMS = {
     "threshold_counts": "Boxes per image that a threshold would leave.",
     "box_sizes": "Box sizes in pixels of the original images, with COCO's limits of small, medium and large.",
     "boxes_per_image": "Boxes per image at the threshold.",
+    "reach": "Human boxes that the detector's anchors (or locations) reach, by the image size that it is trained at; "
+    "the worst classes. Under the dashed line over a fifth is out of reach.",
     "precision_recall_by_class": "Precision, recall and F1 of the classes with the most true boxes.",
     "scores_by_class": "Boxes by score of the most frequent classes; the number is of boxes at the threshold.",
 }
 
 
-def _diagrams(found: Inspection) -> dict[str, Callable[[], Figure]]:
+def _diagrams(found: Inspection, reach: BoxReach | None) -> dict[str, Callable[[], Figure]]:
     """What to draw, in the order of ``DIAGRAMS``."""
     statistics, human, judgement = found.statistics, found.human_statistics, found.judgement
     overall, recommended = found.overall.threshold, [r.threshold for r in found.recommended]
@@ -244,6 +254,8 @@ def _diagrams(found: Inspection) -> dict[str, Callable[[], Figure]]:
     }
     if several:
         drawings["scores_by_class"] = lambda: figures.score_histograms_by_class(statistics, found.class_names)
+    if reach is not None:
+        drawings["reach"] = lambda: figures.reach_by_size(reach)
     if judgement is not None:
         boxes, correct, truth = judgement.boxes, judgement.correct, judgement.truth
         drawings["precision_recall"] = lambda: figures.precision_recall(

@@ -28,7 +28,12 @@ from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
-from selftrain_d2.modeling.checkpoint import SafeDetectionCheckpointer, file_sha256, require_complete
+from selftrain_d2.modeling.checkpoint import (
+    SafeDetectionCheckpointer,
+    file_sha256,
+    require_complete,
+    require_same_anchors,
+)
 from selftrain_d2.modeling.classes import number_of_classes, stored_classes
 
 logger = logging.getLogger(__name__)
@@ -84,6 +89,7 @@ def generate_pseudo_labels(
     require_complete(
         checkpointer.report, cfg.MODEL.WEIGHTS
     )  # a head without training finds nothing, in silence
+    require_same_anchors(checkpointer.report, cfg)
     kind = MASKS if makes_masks(model) else BOXES
     teacher = SegmentationTeacher(cfg, model) if kind is MASKS else Teacher(cfg, model)
     image_root = absolute_root(image_root)

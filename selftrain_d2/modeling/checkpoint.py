@@ -21,17 +21,20 @@ from selftrain_d2.files import write_text
 from selftrain_d2.modeling.backbone.bottom_up import bottom_up_name
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
 from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
-from selftrain_d2.modeling.classes import stored_classes
+from selftrain_d2.modeling.classes import is_segmentor, stored_classes
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
 
 __all__ = [
     "LoadReport",
     "SafeDetectionCheckpointer",
+    "anchor_sizes",
     "check_input_statistics",
     "checkpoints_in",
     "file_sha256",
     "load_weights",
+    "other_anchors",
     "require_complete",
+    "require_same_anchors",
     "require_same_backbone",
     "require_same_model",
 ]
@@ -54,6 +57,7 @@ class LoadReport:
         input: input statistics that came with the file (see :func:`check_input_statistics`), or None.
         classes, image_classes: names of the classes that came with the file, of boxes (or pixels) and of the head for
             joint training, each by id; or None.
+        anchor_sizes: that came with the file (see :func:`anchor_sizes`), or None.
     """
 
     matched: list[str]
@@ -63,6 +67,7 @@ class LoadReport:
     input: dict[str, Any] | None = None
     classes: list[str] | None = None
     image_classes: list[str] | None = None
+    anchor_sizes: list | None = None
 
 
 class SafeDetectionCheckpointer(DetectionCheckpointer):
@@ -190,6 +195,7 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             input=checkpoint.get("input"),
             classes=stored_classes(checkpoint, "classes", "thing_classes"),
             image_classes=stored_classes(checkpoint, "classification", "classification_classes"),
+            anchor_sizes=dict(checkpoint.get("anchors") or {}).get("anchor_sizes"),
         )
         _require_fit(self.model, self.report, self._path)
         return incompatible
@@ -310,6 +316,30 @@ def require_complete(report: LoadReport, path: str) -> None:
             f"Weights {path} are not those of a trained model of this config: {len(missing)} tensors are absent or of "
             f"another shape ({examples}): give the config that they were trained with, its NUM_CLASSES included."
         )
+
+
+def anchor_sizes(cfg: CfgNode) -> list | None:
+    """MODEL.ANCHOR_GENERATOR.SIZES as checkpoints of our trainer carry them; None for a segmentor."""
+
+    def plain(sizes: Any) -> Any:
+        return [plain(size) for size in sizes] if isinstance(sizes, (list, tuple)) else float(sizes)
+
+    return None if is_segmentor(cfg) else plain(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
+
+
+def other_anchors(report: LoadReport, cfg: CfgNode) -> str | None:
+    """What is wrong where weights were trained with anchors of other sizes than the config's; None if nothing is."""
+    known, given = report.anchor_sizes, anchor_sizes(cfg)
+    if known is None or given is None or known == given:
+        return None
+    return f"Weights {cfg.MODEL.WEIGHTS} were trained with MODEL.ANCHOR_GENERATOR.SIZES {known}, the config has {given}"
+
+
+def require_same_anchors(report: LoadReport, cfg: CfgNode) -> None:
+    """Raise InputError if a detector's boxes would be decoded from other anchors than it was trained with."""
+    problem = other_anchors(report, cfg)
+    if problem:
+        raise InputError(f"{problem}: give the config.yaml of the run that made them.")
 
 
 def require_same_model(report: LoadReport, folder: str) -> None:

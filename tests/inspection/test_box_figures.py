@@ -9,6 +9,7 @@ from matplotlib import rc_context
 
 from selftrain_d2.inspection import box_figures as figures
 from selftrain_d2.inspection.box_quality import ReliabilityBin
+from selftrain_d2.inspection.box_reach import BoxReach
 from selftrain_d2.inspection.box_statistics import count_labels, threshold_grid
 from selftrain_d2.inspection.style import THEMES
 
@@ -154,3 +155,16 @@ def test_nothing_can_be_drawn_too(theme):
             assert figure.get_facecolor()[:3] == pytest.approx(
                 (1, 1, 1) if theme == "light" else (0.1, 0.12, 0.15), abs=0.02
             )
+
+
+def test_curves_of_reach_are_those_of_the_worst_classes():
+    sizes = (64, 128, 256)
+    missed = np.array([[0.9, 1.0, np.nan], [0.5, 0.6, np.nan], [0.0, 0.1, np.nan]])
+    reach = BoxReach(
+        ["ash", "fir", "oak"], np.array([4, 9, 0]), missed[1], 128, "an anchor", "", sizes, missed
+    )
+    (axes,) = figures.reach_by_size(reach).axes
+    curves = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert list(curves)[:2] == ["fir", "ash"] and "oak" not in curves
+    np.testing.assert_allclose(curves["ash"], [[64, 0.1], [128, 0.5], [256, 1.0]])
+    assert curves["IMAGE_SIZE 128"][0, 0] == 128

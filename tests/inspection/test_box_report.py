@@ -83,7 +83,8 @@ def full(tmp_path_factory):
     folder, coco, rows = make_labels(tmp_path_factory.mktemp("full"))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        found = inspect(folder, "--truth", coco.json_file, "--human-labels", coco.json_file)
+        labels = ["--truth", coco.json_file, "--human-labels", coco.json_file]
+        found = inspect(folder, *labels, "--config-file", "neon_trees/lite0_256.yaml")
     return coco, rows, *found, printed.getvalue()
 
 
@@ -121,6 +122,20 @@ def test_numbers_are_those_of_the_labels(full):
         assert warning in printed
 
 
+def test_human_boxes_out_of_the_detectors_reach(full):
+    """Rectangles of 24 to 48 px in images of 96 px; at the config's 256 px they are 64 to 128 px, well within reach."""
+    coco, _, output, numbers, _ = full
+    reach = numbers["reach"]
+    assert reach["image_size"] == 256 and reach["rule"] == "an anchor of IoU 0.5"
+    human = [a["category_id"] for a in coco.content["annotations"]]
+    assert [row["boxes"] for row in reach["classes"]] == [human.count(10), human.count(20), 0]
+    assert [row["out_of_reach"] for row in reach["classes"]] == [0, 0, None]
+    assert reach["out_of_reach_by_image_size"]["64"]["red"] > 0.5  # 16 to 32 px
+    assert (output / "reach.png").exists() and report.DIAGRAMS["reach"][:20] in (
+        output / "report.html"
+    ).read_text()
+
+
 def test_the_printed_thresholds_are_config_words(full):
     (line,) = [line for line in full[-1].splitlines() if line.startswith("SELFTRAIN.")]
     cfg = get_cfg()
@@ -146,7 +161,7 @@ def test_an_older_report_leaves_no_picture_behind(labels):
 @pytest.fixture
 def no_diagrams(monkeypatch):
     """Only the images: diagrams take most of the time."""
-    monkeypatch.setattr(report, "_diagrams", lambda found: {})
+    monkeypatch.setattr(report, "_diagrams", lambda *_: {})
 
 
 def test_moved_images_are_found_again_missing_ones_are_told(labels, tmp_path, no_diagrams):
@@ -238,6 +253,11 @@ def test_nothing_found_is_a_page_too(tmp_path, rows):
         (["--score-thresh", "1.5"], "outside"),
         (["--truth", "no.json"], "no.json does not exist"),
         (["--truth", "other"], "None of the"),
+        (["--config-file", "neon_trees/lite0_256.yaml"], "give --human-labels as well"),
+        (
+            ["--config-file", "aerial_digits/segmentor_lite0_128.yaml", "--human-labels", "other"],
+            "SelfTrainingSegmentor has no upright anchors",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(labels, tmp_path, capsys, arguments, words):
