@@ -81,16 +81,18 @@ def never_background(model: nn.Module, samples: Sequence[dict], rule: OverlapRul
     if ignored is None:
         yield
         return
-    waiting: list[Tensor] = []  # what is covered in the images that are next to be sampled from
+    rpn, heads = model.proposal_generator, model.roi_heads
+    anchors: list[Tensor] = []  # which are covered, of the images that are still to be sampled from
+    proposals: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         for part, methods in (
-            (model.proposal_generator, _anchor_methods(model.proposal_generator, ignored, rule, waiting)),
-            (model.roi_heads, _proposal_methods(model.roi_heads, ignored, rule, waiting)),
+            (rpn, _anchor_methods(rpn, ignored, rule, anchors)),
+            (heads, _proposal_methods(heads, ignored, rule, proposals)),
         ):
             for name, method in methods.items():
                 stack.enter_context(_replaced(part, name, method))
         yield
-    if waiting:
+    if anchors or proposals:
         raise InputError(
             f"{type(model).__name__} does not sample boxes as detectron2's RPN and ROIHeads do: {_ADVICE}"
         )
