@@ -50,8 +50,11 @@ def box_reach(
     Returns:
         None where it cannot be known (see :func:`~selftrain_d2.modeling.anchors.matched_by`), or there is no box.
     """
-    detector, boxes = matched_by(cfg, model), BoxArrays.of(dicts)
-    if detector is None or not len(boxes.boxes):
+    detector = matched_by(cfg, model)
+    if detector is None:
+        return None
+    boxes = BoxArrays.of(dicts)
+    if not len(boxes.boxes):
         return None
     names = list(class_names or map(str, range(boxes.category_ids.max() + 1)))
     size, classes = cfg.INPUT.AUGMENTATION.IMAGE_SIZE, len(names)
