@@ -12,9 +12,7 @@ from torch import nn
 
 from selftrain_d2.data.datasets import difference_of_classes
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.checkpoint import (
-    LoadReport,
-)
+from selftrain_d2.modeling.checkpoint import LoadReport
 from selftrain_d2.modeling.classes import tensors_of_classes, tensors_of_image_classes
 
 logger = logging.getLogger(__name__)

@@ -142,7 +142,7 @@ def select(
         counts = thresholds_by_counts(
             folder,
             count_human_boxes(cfg),
-            ignore_from=cfg.SELFTRAIN.get("IGNORE_SCORE_THRESH") or None,
+            ignore_from=cfg.SELFTRAIN.IGNORE_SCORE_THRESH or None,
             ignore_ratio=cfg.SELFTRAIN.IGNORE_COUNT_RATIO,
         )
     return selection_from_config(cfg, names, counts), counts.as_dict()
