@@ -299,7 +299,8 @@ addEventListener("load", () => {
   const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; };
   parent.postMessage(JSON.stringify({
     images: [...document.images].map(
-      i => ({alt: i.alt, pixels: i.naturalWidth, dark: i.currentSrc != i.src, box: box(i)})),
+      i => ({alt: i.alt, pixels: i.naturalWidth, dark: i.currentSrc != i.src, box: box(i),
+             diagram: i.parentElement.tagName == "PICTURE"})),
     height: document.documentElement.scrollHeight, width: document.documentElement.scrollWidth,
     window: innerWidth, text: document.body.innerText.length,
   }), "*");
@@ -378,7 +379,8 @@ def test_a_browser_shows_every_image(page, width):
 def test_a_dark_browser_gets_dark_diagrams(page):
     found = probe(page, 1000, "--blink-settings=preferredColorScheme=0")
     assert all(image["pixels"] for image in found["images"])
-    assert sum(image["dark"] for image in found["images"]) == 8  # the diagrams; photographs stay
+    assert all(image["dark"] == image["diagram"] for image in found["images"])  # photographs stay
+    assert {image["diagram"] for image in found["images"]} == {True, False}
 
 
 @needs_browser
