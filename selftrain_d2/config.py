@@ -185,6 +185,14 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # Decay of a moving average of the weights that is evaluated, and is the next teacher. 0: none, as in the
     # paper.
     cfg.SELFTRAIN.WEIGHT_EMA_DECAY = 0.0
+    # Who labels: "labels", pseudo labels on disk, made once (the paper's). "moving_average": DATASETS.PSEUDO_TRAIN are
+    # plain images, and in each step a moving average of the student's weights labels those of the step.
+    cfg.SELFTRAIN.TEACHER = "labels"
+    # Decay per step of that average, which is not evaluated (WEIGHT_EMA_DECAY's is). Unbiased Teacher has 0.9996.
+    cfg.SELFTRAIN.TEACHER_EMA_DECAY = 0.9996
+    # Every so many steps that teacher labels 16 labeled images and is compared with people; one that has become worse
+    # gives way to its last good weights. 0: never.
+    cfg.SELFTRAIN.TEACHER_CHECK_PERIOD = 100
     # What the student (and the control) starts from: "teacher" (the paper's), "random", or a checkpoint.
     # Table 10 compares the first two. A larger student (SELFTRAIN.STUDENT) cannot take the teacher's weights.
     cfg.SELFTRAIN.STUDENT_WEIGHTS = "teacher"

@@ -48,6 +48,7 @@ _OWN_ARGUMENTS = {
         "--unlabeled-truth-masks": "unlabeled_truth_masks",
     },
 }
+_TEACHERS = {"labels": "labels", "moving-average": "moving_average"}  # -> SELFTRAIN.TEACHER
 _NEEDED = {"detection": ("--labeled-json",), "segmentation": ("--labeled-masks", "--classes")}
 
 
@@ -87,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="class names by id, the first that of 0; before another --argument",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the stages and the summary")
+    parser.add_argument(
+        "--teacher",
+        choices=list(_TEACHERS),
+        help="labels (the default): label the unlabeled images once; moving-average: a moving average of the student "
+        "labels those of each training step (SELFTRAIN.TEACHER)",
+    )
     parser.add_argument(
         "--rounds", type=int, default=1, metavar="N", help="with N > 1 the student becomes the teacher"
     )
@@ -138,6 +145,8 @@ def run(args: argparse.Namespace) -> None:
     task = _task(args)
     seeds, devices = _seeds(args), devices_of(args)
     cfg = setup_config(args)
+    if args.teacher is not None:
+        cfg.SELFTRAIN.TEACHER = _TEACHERS[args.teacher]
     options = {
         "rounds": args.rounds,
         "control": args.control,

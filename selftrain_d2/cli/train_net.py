@@ -40,6 +40,7 @@ from selftrain_d2.engine.launch import (
     pseudo_labels,
     registered,
     train,
+    unlabeled_images,
 )
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.run_folder import check_run_folder
@@ -79,6 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "FOLDER"),
         help="register a pseudo-label folder under a name, with the boxes that SELFTRAIN.SCORE_THRESH, "
         "SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE, THRESHOLDS and IGNORE_SCORE_THRESH select; may be repeated",
+    )
+    parser.add_argument(
+        "--unlabeled-images",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "FOLDER"),
+        help="register a folder of images, nested or not, under a name, for DATASETS.PSEUDO_TRAIN where "
+        "SELFTRAIN.TEACHER is moving_average; may be repeated",
     )
     parser.add_argument(
         "--classification-images",
@@ -189,6 +199,9 @@ def _datasets(args: argparse.Namespace, cfg: CfgNode) -> Iterator[NamedDataset]:
     files, specs = [file for d in counted for file in d.files], [d.make(*d.arguments) for d in counted]
     for name, folder in args.pseudo_labels:
         yield NamedDataset(name, (folder, *files), pseudo_labels, (name, folder, cfg, specs))
+    for name, folder in args.unlabeled_images:
+        check_outside(cfg.OUTPUT_DIR, folder)
+        yield NamedDataset(name, (folder,), unlabeled_images, (name, folder))
     for name, folder in args.classification_images:
         check_outside(cfg.OUTPUT_DIR, folder)  # where it would be a class
         yield NamedDataset(name, (folder,), classification_images, (name, folder))

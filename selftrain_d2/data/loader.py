@@ -21,7 +21,14 @@ from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.dataset import PseudoImageDataset, PseudoLabelDataset
 from selftrain_d2.data.random_state import stage_seed
-from selftrain_d2.data.training_sets import check_sources, get_human_dicts, get_pseudo_dicts, shared
+from selftrain_d2.data.training_sets import (
+    check_sources,
+    get_human_dicts,
+    get_pseudo_dicts,
+    labeled_in_the_step,
+    shared,
+)
+from selftrain_d2.data.unlabeled import UnlabeledImageMapper
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -131,14 +138,17 @@ def mixed_steps(cfg: CfgNode) -> int | None:
     return cfg.SOLVER.MAX_ITER - cfg.SELFTRAIN.REFINE_ITERS if cfg.SELFTRAIN.REFINE_ITERS else None
 
 
-def _from_config(cfg, *, mapper=None, classification_mapper=None):
+def _from_config(cfg, *, mapper=None, pseudo_mapper=None, classification_mapper=None):
     check_sources(cfg)
+    if pseudo_mapper is None and labeled_in_the_step(cfg):
+        pseudo_mapper = UnlabeledImageMapper(cfg)
     human_dicts = get_human_dicts(cfg)
     pseudo_dicts = get_pseudo_dicts(cfg) if cfg.DATASETS.PSEUDO_TRAIN else []
     return {
         "human_dicts": human_dicts,
         "pseudo_dicts": pseudo_dicts,
         "mapper": SelfTrainingDatasetMapper(cfg, is_train=True) if mapper is None else mapper,
+        "pseudo_mapper": pseudo_mapper,
         "human_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "pseudo_batch_size": cfg.SOLVER.PSEUDO_IMS_PER_BATCH,
         "pseudo_steps": mixed_steps(cfg),
@@ -224,6 +234,7 @@ def build_selftrain_train_loader(
     mapper: Callable[[dict], dict],
     human_batch_size: int,
     pseudo_batch_size: int,
+    pseudo_mapper: Callable[[dict], dict] | None = None,
     pseudo_steps: int | None = None,
     human_repeat_factors: torch.Tensor | None = None,
     pseudo_repeat_factors: torch.Tensor | None = None,
@@ -246,6 +257,8 @@ def build_selftrain_train_loader(
             serialized, so that workers share them; other sequences are used as they are.
         mapper: makes a sample of a dict; :class:`SelfTrainingDatasetMapper` by default.
         human_batch_size, pseudo_batch_size: images a step over all processes; each process has its share.
+        pseudo_mapper: of pseudo images, in place of ``mapper``; :class:`UnlabeledImageMapper` where SELFTRAIN.TEACHER
+            is "moving_average".
         pseudo_steps: steps with pseudo images; those after them have none. None: all.
         human_repeat_factors, pseudo_repeat_factors: float tensors ``(len(dicts),)``, how often an image comes in
             an epoch (detectron2's RepeatFactorTrainingSampler), or None for once.
@@ -286,7 +299,7 @@ def build_selftrain_train_loader(
     return PackedLoader(
         MixedDataset(
             [shared(ds) for ds in dicts],
-            [mapper, mapper, classification_mapper],
+            [mapper, pseudo_mapper or mapper, classification_mapper],
             seed,
         ),
         batch_sampler=MixedBatchSampler(

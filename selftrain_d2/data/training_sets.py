@@ -48,6 +48,11 @@ def get_human_dicts(cfg) -> list[dict[str, Any]]:
     return [{**d, "label_source": "human"} for d in dicts]
 
 
+def labeled_in_the_step(cfg) -> bool:
+    """Whether a run's pseudo-labeled images are plain ones, which get their labels in each training step."""
+    return cfg.SELFTRAIN.TEACHER == "moving_average" and bool(cfg.DATASETS.PSEUDO_TRAIN)
+
+
 def count_human_boxes(cfg) -> HumanCounts:
     """The boxes of DATASETS.TRAIN by class, and its images, those without boxes included.
 
@@ -199,6 +204,11 @@ def check_sources(cfg) -> None:
             "DATASETS.CLASSIFICATION_TRAIN and SOLVER.CLASSIFICATION_IMS_PER_BATCH belong together: set both for joint "
             f"training, or neither (now {cfg.DATASETS.CLASSIFICATION_TRAIN} and "
             f"{cfg.SOLVER.CLASSIFICATION_IMS_PER_BATCH})."
+        )
+    if labeled_in_the_step(cfg) and cfg.DATALOADER.PSEUDO_SAMPLER_TRAIN != "TrainingSampler":
+        raise InputError(
+            f"DATALOADER.PSEUDO_SAMPLER_TRAIN is {cfg.DATALOADER.PSEUDO_SAMPLER_TRAIN}, which needs the boxes of all "
+            "images, but with SELFTRAIN.TEACHER moving_average these are made step by step: set it to TrainingSampler."
         )
     check_registered("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     for key in ("PSEUDO_TRAIN", "CLASSIFICATION_TRAIN"):

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from selftrain_d2.data.classification import classification_classes
-from selftrain_d2.data.training_sets import check_classes, check_sources
+from selftrain_d2.data.training_sets import check_classes, check_sources, labeled_in_the_step
 from selftrain_d2.engine.config_checks import (
     amp_precision,
     check_accumulation_steps,
@@ -19,6 +19,7 @@ from selftrain_d2.engine.config_checks import (
     check_test_sets,
 )
 from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
+from selftrain_d2.engine.moving_teacher import step_selection
 from selftrain_d2.engine.trainer import SelfTrainingTrainer, build_loss_normalizer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.modeling.meta_arch.classification import add_classification_head
@@ -57,6 +58,8 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
     build_loss_normalizer(cfg)
     if cfg.SELFTRAIN.WEIGHT_EMA_DECAY:
         WeightAverage(cfg.SELFTRAIN.WEIGHT_EMA_DECAY)
+    if labeled_in_the_step(cfg) and human not in unread:
+        step_selection(cfg)
     model = build_without_memory(cfg)
     check_keeps_losses_apart(model)
     if not set(cfg.DATASETS.CLASSIFICATION_TRAIN) & set(unread) and (classes := classification_classes(cfg)):

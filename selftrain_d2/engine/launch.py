@@ -25,6 +25,7 @@ from selftrain_d2.data.classification import register_classification_folder
 from selftrain_d2.data.datasets import (
     class_names,
     register_human_labels,
+    register_image_folder,
     register_pseudo_labels,
     unregister,
 )
@@ -146,6 +147,11 @@ def select(
             ignore_ratio=cfg.SELFTRAIN.IGNORE_COUNT_RATIO,
         )
     return selection_from_config(cfg, names, counts), counts.as_dict()
+
+
+def unlabeled_images(name: str, folder: str | os.PathLike) -> DatasetSpec:
+    """A folder of images that are labeled while a student is trained, for :func:`registered`."""
+    return name, register_image_folder, (absolute_root(folder),)
 
 
 def classification_images(name: str, folder: str) -> DatasetSpec:

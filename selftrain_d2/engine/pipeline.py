@@ -14,7 +14,11 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from selftrain_d2.data.datasets import list_images, load_image_folder, register_dataset
+from selftrain_d2.data.datasets import (
+    list_images,
+    load_image_folder,
+    register_dataset,
+)
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
@@ -37,6 +41,7 @@ from selftrain_d2.engine.launch import (
     select,
     selected_labels,
     train,
+    unlabeled_images,
 )
 from selftrain_d2.engine.oracle import ORACLE, true_labels
 from selftrain_d2.engine.stage import with_stage
@@ -44,7 +49,7 @@ from selftrain_d2.engine.stage_record import PLACE, STARTING_WEIGHTS, run_stage,
 from selftrain_d2.engine.summary import write_summary
 from selftrain_d2.engine.tasks import Task
 from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
-from selftrain_d2.engine.trainer import WEIGHT_AVERAGE
+from selftrain_d2.engine.trainer import MOVING_TEACHER, WEIGHT_AVERAGE
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
@@ -72,6 +77,9 @@ def self_train(
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train a teacher, label the unlabeled images with it, train a student on both kinds of labels.
+
+    With SELFTRAIN.TEACHER "moving_average" the student comes before the pseudo labels, which are those of its teacher
+    at the end: to be looked at, not trained on.
 
     The stages are folders under ``output``: ``teacher/``, ``pseudo_labels/``, ``student/``, and
     ``control/`` and ``oracle/`` if asked for. Called again, finished stages are not redone and the one that was stopped
@@ -159,6 +167,11 @@ def checked_loop(
         raise InputError(
             f"{output} holds runs of several seeds: give --seeds to go on with them, or choose another output folder."
         )
+    if rounds > 1 and loop.moving_teacher:
+        raise InputError(
+            "--rounds goes with a teacher that labels once; SELFTRAIN.TEACHER moving_average (--teacher "
+            "moving-average) makes labels anew in every step: leave --rounds out."
+        )
     loop.check(oracle)
     if fit_anchors:
         loop.fit_anchors()
@@ -223,6 +236,16 @@ class _Loop:
         if oracle:
             self.task.truth_of(load_image_folder(self.task.unlabeled_images)[0], student.MODEL.MASK_ON)
 
+    @property
+    def moving_teacher(self) -> bool:
+        """Whether the unlabeled images get their labels while the student is trained."""
+        return self.cfg.SELFTRAIN.TEACHER == "moving_average"
+
+    @property
+    def unlabeled(self) -> DatasetSpec:
+        """The unlabeled images without labels, for :func:`registered`."""
+        return unlabeled_images(PSEUDO, self.task.unlabeled_images)
+
     def fit_anchors(self) -> None:
         """Take anchors that fit the labeled boxes, in every stage."""
         fitted = with_fitted_anchors(self.teacher_config(), self.task.datasets())
@@ -247,6 +270,13 @@ class _Loop:
                     break
                 if worse:
                     logger.warning(worse)
+            if self.moving_teacher:
+                stages["student"] = self.train(
+                    "student", self.student_config(teacher, number), self.unlabeled
+                )
+                # What it had at the end is what can be looked at, judged and counted.
+                stages["pseudo_labels"] = self.label("pseudo_labels", stages["student"], MOVING_TEACHER)
+                break
             stages[f"{prefix}pseudo_labels"] = labels = self.label(f"{prefix}pseudo_labels", teacher)
             student = self.train(
                 f"{prefix}student",
@@ -271,6 +301,7 @@ class _Loop:
             )
         summary = {
             "task": self.task.name,
+            "teacher": self.cfg.SELFTRAIN.TEACHER,
             "seed": self.cfg.SEED,
             "score_thresh": stages["pseudo_labels"]["score_thresh"],
             "seconds_of_last_run": round(time.perf_counter() - start, 1),
@@ -305,6 +336,7 @@ class _Loop:
         """The first student's, but for whose labels the unlabeled images have."""
         cfg = self.student_config(teacher, 1)
         cfg.DATASETS.PSEUDO_TRAIN = (ORACLE,)
+        cfg.SELFTRAIN.TEACHER = "labels"
         return cfg
 
     def control_config(self, teacher: dict[str, Any]) -> CfgNode:
@@ -378,16 +410,26 @@ class _Loop:
             "config": f"{stage}/config.yaml",
         }
 
-    def label(self, stage: str, teacher: dict[str, Any]) -> dict[str, Any]:
-        """Label the unlabeled images. The pseudo-label folder itself knows what it was made with."""
+    def label(self, stage: str, teacher: dict[str, Any], weights: str | None = None) -> dict[str, Any]:
+        """Label the unlabeled images. The pseudo-label folder itself knows what it was made with.
+
+        Args:
+            weights: below the teacher's folder; by default those that its run leaves to label with.
+        """
         images = self.task.unlabeled_images
-        folder = self.label_images(stage, teacher, images, list_images(images))
+        folder = self.label_images(stage, teacher, images, list_images(images), weights)
         selection, thresholds = select(folder, self.teacher_config(), self.task.datasets())
         counts = self.task.count(folder, selection)
         if not counts:
             least, key = self.cfg.SELFTRAIN.SCORE_THRESH, "SELFTRAIN.SCORE_THRESH"
             if thresholds is not None:
                 least, key = self.score_floor, "--score-floor"
+            if weights is not None:
+                raise InputError(
+                    f"The moving average labels nothing any more at the end of {teacher['stage']} ({folder}, {key} "
+                    f"{least}): see teacher_agreement in {teacher['stage']}/metrics.json, and lower {key} or the "
+                    "student's SOLVER.BASE_LR, in another output folder."
+                )
             raise InputError(
                 f"No pseudo label of {folder} has a score of {least} or more, so the student would learn nothing from "
                 f"them: train the teacher longer, or lower {key}."
@@ -407,10 +449,19 @@ class _Loop:
             labels["thresholds_by_counts"] = thresholds
         return labels
 
-    def label_images(self, stage: str, teacher: dict[str, Any], images: str, names: Sequence[str]) -> Path:
+    def label_images(
+        self,
+        stage: str,
+        teacher: dict[str, Any],
+        images: str,
+        names: Sequence[str],
+        weights: str | None = None,
+    ) -> Path:
         """Label images of a folder, or take what was labeled before."""
         folder = self.output / stage
         cfg = self.config_of(teacher["stage"])
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = str(self.output / teacher["stage"] / weights)
         logger.info(f"Labeling {images} with {cfg.MODEL.WEIGHTS}")
         arguments = cfg, images, names, str(folder), self.score_floor
         run_in_processes(_label, self.processes, arguments, cfg.MODEL.DEVICE)

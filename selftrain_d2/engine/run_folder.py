@@ -21,6 +21,8 @@ from selftrain_d2.modeling.checkpoint import checkpoints_in
 RESULTS = "results.json"
 #: What the averaged weights are in, below OUTPUT_DIR.
 WEIGHT_AVERAGE_FOLDER = "weight_average"
+#: Likewise those that labeled in the steps of training.
+MOVING_TEACHER_FOLDER = "moving_teacher"
 
 
 @contextlib.contextmanager
@@ -44,7 +46,7 @@ def held(folder: str | os.PathLike, check: Callable[[], None] | None = None) -> 
         try:
             if check is not None:
                 check()
-            for part in (folder, folder / WEIGHT_AVERAGE_FOLDER):
+            for part in (folder, folder / WEIGHT_AVERAGE_FOLDER, folder / MOVING_TEACHER_FOLDER):
                 remove_unfinished(part)
         except BaseException:
             lock.close()

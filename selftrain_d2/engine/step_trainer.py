@@ -54,6 +54,9 @@ class StepTrainer(SimpleTrainer):
         max_skipped_steps: steps of the run that may be left out.
         save_batch: called with a batch and its losses (name to value) before a step is left out or the run
             stops, in each process whose losses are not finite; returns the file written, for the log.
+
+    Attributes:
+        prepare_batch: makes of each batch of the loader the one to learn from.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class StepTrainer(SimpleTrainer):
         self.precision = precision
         self.max_skipped_steps = max_skipped_steps
         self.save_batch = save_batch
+        self.prepare_batch: Callable[[list[dict]], list[dict]] = _as_it_is
         self.skipped_steps = 0
         device = next(model.parameters()).device.type
         self.grad_scaler = _grad_scaler(device, enabled=precision is torch.float16)
@@ -83,6 +87,7 @@ class StepTrainer(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        batch = self.prepare_batch(batch)
 
         positive_anchor_averages = dict(getattr(model, "positive_anchor_averages", {}))
         # Batch norm's running statistics would keep a NaN for ever.
@@ -215,6 +220,10 @@ class StepTrainer(SimpleTrainer):
         self.skipped_steps = state.get("skipped_steps", 0)
         if "grad_scaler" in state and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+
+def _as_it_is(batch: list[dict]) -> list[dict]:
+    return batch
 
 
 def _grad_scaler(device: str, enabled: bool) -> torch.amp.GradScaler | torch.cuda.amp.GradScaler:

@@ -76,6 +76,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
                 "",
                 f"`{name}`: {task.sentence(stage, summary['selected'])} ({stage['skipped']} unreadable); "
                 f"labeled in {stage['seconds'] / 60:.1f} minutes.",
+                *_moving_teacher(summary),
                 *_thresholds(stage),
             ]
     lines += [
@@ -88,6 +89,16 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"torch {summary['versions']['torch']}, detectron2 {summary['versions']['detectron2']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _moving_teacher(summary: dict[str, Any]) -> list[str]:
+    """Whose labels these are, where the student learned from others in every step."""
+    if summary.get("teacher", "labels") == "labels":  # summaries of versions before do not say
+        return []
+    return [
+        "They are what the student's teacher, a moving average of its weights, finds at the end of training; the "
+        "student learned from what it found in each step.",
+    ]
 
 
 def _rounds(summary: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from selftrain_d2.data.label_maps import read_label_map
 from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.random_state import stage_seed
-from selftrain_d2.data.training_sets import check_classes
+from selftrain_d2.data.training_sets import check_classes, labeled_in_the_step
 from selftrain_d2.engine.checkpoint_facts import CheckpointFacts, Classifiers, Stage
 from selftrain_d2.engine.coco_evaluation import RepairedCOCOEvaluator, check_evaluation
 from selftrain_d2.engine.config_checks import (
@@ -38,11 +38,12 @@ from selftrain_d2.engine.config_values import one_line
 from selftrain_d2.engine.gradient_check import GradientCheck
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
+from selftrain_d2.engine.moving_teacher import build_moving_teacher
 from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.refine import refining_schedule
 from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimizer_options
-from selftrain_d2.engine.run_folder import WEIGHT_AVERAGE_FOLDER
+from selftrain_d2.engine.run_folder import MOVING_TEACHER_FOLDER, WEIGHT_AVERAGE_FOLDER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
@@ -52,6 +53,7 @@ from selftrain_d2.modeling.checkpoint import (
     anchor_sizes,
     check_input_statistics,
     other_anchors,
+    require_complete,
     require_same_model,
 )
 from selftrain_d2.modeling.meta_arch import add_classification_head
@@ -60,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 #: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
 WEIGHT_AVERAGE = os.path.join(WEIGHT_AVERAGE_FOLDER, "model_final.pth")
+#: Likewise: those that labeled, where SELFTRAIN.TEACHER is "moving_average".
+MOVING_TEACHER = os.path.join(MOVING_TEACHER_FOLDER, "model_final.pth")
 
 
 class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
@@ -69,7 +73,9 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
     (:class:`StepTrainer`), its COCO evaluation, and in checkpoints that run no code. A resumed run goes on with
     the images that it would have seen. With DATASETS.CLASSIFICATION_TRAIN the model has a head for joint training.
     With SELFTRAIN.WEIGHT_EMA_DECAY the averaged weights are evaluated, and saved at the end as
-    ``OUTPUT_DIR/weight_average/model_final.pth``.
+    ``OUTPUT_DIR/weight_average/model_final.pth``. With SELFTRAIN.TEACHER "moving_average" pseudo-labeled images get
+    their labels in each step (:class:`~selftrain_d2.engine.moving_teacher.MovingTeacher`), from weights that are saved
+    at the end as ``OUTPUT_DIR/moving_teacher/model_final.pth``.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_unsafe: bool = False):
@@ -131,6 +137,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        if self.moving_teacher is not None:
+            self._trainer.prepare_batch = self.moving_teacher.label
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As in DefaultTrainer; a resumed run also skips the images already seen.
@@ -153,6 +161,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
             set_optimizer_options(self.optimizer, self.scheduler, options)
         if self.checkpointer.report is not None and not self.start_iter:
             check_input_statistics(self.checkpointer.report.input, self.cfg)
+            if self.moving_teacher is not None:
+                require_complete(self.checkpointer.report, self.cfg.MODEL.WEIGHTS)
             classifiers.compare(self.checkpointer.report)
             if problem := other_anchors(self.checkpointer.report, self.cfg):
                 logger.warning(f"{problem}: its boxes are learned anew.")
@@ -185,6 +195,10 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         if cfg.SELFTRAIN.WEIGHT_EMA_DECAY:
             self.weight_average = WeightAverage(cfg.SELFTRAIN.WEIGHT_EMA_DECAY)
             first.append(self.weight_average)
+        self.moving_teacher = None
+        if labeled_in_the_step(cfg):
+            self.moving_teacher = build_moving_teacher(cfg, self.data_loader)
+            first.append(self.moving_teacher)
         # detectron2's EvalHook, with the weights to evaluate.
         default = [
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
@@ -196,11 +210,14 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
 
     def after_train(self) -> None:
         super().after_train()
-        if self.finished and self.weight_average is not None and comm.is_main_process():
-            folder, name = os.path.split(os.path.join(self.cfg.OUTPUT_DIR, WEIGHT_AVERAGE))
+        averages = ((self.weight_average, WEIGHT_AVERAGE), (self.moving_teacher, MOVING_TEACHER))
+        for average, file in averages:
+            if not self.finished or average is None or not comm.is_main_process():
+                continue
+            folder, name = os.path.split(os.path.join(self.cfg.OUTPUT_DIR, file))
             os.makedirs(folder, exist_ok=True)
             # A checkpointer of its own: this file is not one to resume from.
-            checkpointer = SafeDetectionCheckpointer(self.weight_average.model, folder, **self._facts)
+            checkpointer = SafeDetectionCheckpointer(average.model, folder, **self._facts)
             checkpointer.save(os.path.splitext(name)[0])
 
     def _evaluate(self) -> dict[str, Any]:

@@ -23,12 +23,14 @@ class WeightAverage(HookBase):
 
     Args:
         decay: in (0, 1); EfficientNet's is 0.9999.
+        steps_before: n of the first step. From 1 on the weights that training begins with have a part in the average.
     """
 
-    def __init__(self, decay: float):
+    def __init__(self, decay: float, steps_before: int = 0):
         if not 0 < decay < 1:
             raise InputError(f"SELFTRAIN.WEIGHT_EMA_DECAY must be in [0, 1), not {decay}.")
         self.decay = decay
+        self.steps_before = steps_before
         self._average: AveragedModel | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -49,7 +51,7 @@ class WeightAverage(HookBase):
     def after_step(self) -> None:
         # AveragedModel.update_parameters moves the number of updates to the GPU, and so waits for it.
         updates = self._average.n_averaged  # on the CPU
-        n = int(updates)
+        n = int(updates) + self.steps_before
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         model = model_of(self.trainer)
         averages = (*self.model.parameters(), *self.model.buffers())

@@ -22,6 +22,7 @@ from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.engine import pipeline, stage_record
 from selftrain_d2.engine.tasks import Detection
+from selftrain_d2.modeling.checkpoint import file_sha256
 
 STEPS = ["SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SELFTRAIN.SCORE_THRESH", "0.005"]
 
@@ -440,3 +441,35 @@ def test_a_student_from_other_weights(command, tmp_path):
     shutil.copy(tmp_path / "output" / "teacher" / "model_final.pth", tmp_path / "other.pth")
     assert main([*command, "SELFTRAIN.STUDENT_WEIGHTS", str(tmp_path / "other.pth")]) == 0
     assert "other.pth" in _student_log(tmp_path / "output")
+
+
+def test_the_loop_with_a_teacher_that_keeps_learning(command, tmp_path, capsys):
+    command = [*command[:1], "--oracle", "--teacher", "moving-average", *command[1:]]
+    command += ["SELFTRAIN.TEACHER_CHECK_PERIOD", "2"]
+    assert main(command) == 0
+    output = tmp_path / "output"
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["teacher"] == "moving_average"
+    assert list(summary["stages"]) == ["teacher", "student", "pseudo_labels", "control", "oracle"]
+    settings = {
+        name: json.loads((output / name / "stage.json").read_text())["settings"]
+        for name in ("student", "control", "oracle")
+    }
+    assert settings["student"]["SELFTRAIN.TEACHER"] == "moving_average"
+    assert settings["oracle"]["SELFTRAIN.TEACHER"] == "labels"
+    assert len({s["weights_sha256"] for s in settings.values()}) == 1
+    # What is judged is what the average finds at the end.
+    manifest = json.loads((output / "pseudo_labels" / "manifest.json").read_text())
+    assert manifest["teacher_weights_sha256"] == file_sha256(
+        output / "student/moving_teacher/model_final.pth"
+    )
+    assert len(summary["pseudo_label_quality"]) > 5
+    page = (output / "summary.md").read_text()
+    assert "at the end of training" in page
+    rows = [json.loads(line) for line in (output / "student" / "metrics.json").read_text().splitlines()]
+    assert any("pseudo_loss" in row for row in rows) and any("teacher_agreement" in row for row in rows)
+
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*.pth")}
+    assert main(command) == 0  # nothing is redone
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*.pth")}
+    assert_refused([*command[:1], "--rounds", "2", *command[1:]], capsys, "leave --rounds out")

@@ -1,0 +1,185 @@
+"""A teacher at work in a training step: labels of a few plain images, as training takes them.
+
+Letters in shapes: B boxes, C classes, an image of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.structures import BoxMode
+from torch import nn
+
+from selftrain_d2.data.pseudo_labels.masks import PixelLabels, least_percents
+from selftrain_d2.data.pseudo_labels.running_counts import RunningCounts
+from selftrain_d2.data.pseudo_labels.selection import (
+    check_counts,
+    resolve_thresholds,
+    select_boxes,
+    selection_from_config,
+    thresholds_of_classes,
+)
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.training_sets import count_human_boxes
+from selftrain_d2.errors import InputError
+from selftrain_d2.labeling.inference import Teacher, box_row
+from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
+
+
+class StepSelection:
+    """Which of a teacher's boxes or pixels are trained on, by the keys SELFTRAIN.*; all but BOXES_PER_IMAGE.
+
+    With SELFTRAIN.THRESHOLDS "counts" thresholds follow the boxes that were :meth:`seen`.
+
+    Args:
+        cfg: a student's; its DATASETS.TRAIN are registered if they are to be counted.
+        class_names: by contiguous id.
+        masks: whether the teacher labels pixels.
+
+    Attributes:
+        floor: the lowest score that can be used; None where only that of the model is known.
+
+    Raises:
+        InputError: a key does not go with labels that are made step by step, or with another one, or with masks.
+    """
+
+    def __init__(self, cfg: CfgNode, class_names: Sequence[str], *, masks: bool):
+        keys = cfg.SELFTRAIN
+        if keys.BOXES_PER_IMAGE:
+            raise InputError(
+                "SELFTRAIN.BOXES_PER_IMAGE chooses one threshold for all pseudo labels, which with SELFTRAIN.TEACHER "
+                "moving_average are made step by step: set it to 0, or SELFTRAIN.THRESHOLDS to counts."
+            )
+        kind = "stuff_classes" if masks else "thing_classes"
+        known = {kind: list(class_names), "score_floor": 0.0}
+        self.top_k = keys.TOP_K or None
+        self.counts: RunningCounts | None = None
+        self.ignored_from: np.ndarray | None = None
+        if keys.THRESHOLDS == "counts":
+            check_counts(cfg, known)
+            ignore_from = keys.IGNORE_SCORE_THRESH or None
+            human = count_human_boxes(cfg)
+            self.counts = RunningCounts(class_names, human, ignore_from, keys.IGNORE_COUNT_RATIO)
+            self.floor: float | None = None
+            return
+        selection = selection_from_config(cfg, class_names)
+        self.thresholds = resolve_thresholds(known, **selection)
+        if selection["ignore_score_thresh"] is not None:
+            self.ignored_from = thresholds_of_classes(known, selection["ignore_score_thresh"])
+        used = (
+            self.thresholds if self.ignored_from is None else np.minimum(self.thresholds, self.ignored_from)
+        )
+        self.floor = float(used.min())
+
+    def seen(self, rows: Sequence[Sequence[dict[str, Any]]]) -> None:
+        """Take note of a step's boxes, of each process: rows of the store (see ``make_row``)."""
+        if self.counts is None:
+            return
+        self.counts.start_step()
+        for of_process in rows:
+            scores, category_ids = _joined(of_process)
+            self.counts.add(scores, category_ids, len(of_process))
+        self.update()
+
+    def update(self) -> None:
+        """Take the thresholds that follow from what was counted."""
+        if self.counts is not None:
+            self.thresholds, self.ignored_from = self.counts.thresholds()
+
+    def annotations(self, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Of each image, as ``load_pseudo_labels`` has them: those to ignore with ``iscrowd`` 1, last."""
+        scores, category_ids = _joined(rows)
+        counts = np.array([len(row["scores"]) for row in rows])
+        kept = select_boxes(scores, category_ids, counts, self.thresholds, self.top_k)
+        ignored = np.zeros_like(kept)
+        if self.ignored_from is not None:
+            ignored = select_boxes(scores, category_ids, counts, self.ignored_from) & ~kept
+        ends = np.cumsum(counts)[:-1]
+        return [
+            [
+                *(_annotation(row, i, masks=True) for i in np.flatnonzero(k)),
+                *({**_annotation(row, i, masks=False), "iscrowd": 1} for i in np.flatnonzero(u)),
+            ]
+            for row, k, u in zip(rows, np.split(kept, ends), np.split(ignored, ends))
+        ]
+
+    def classes(self, labels: PixelLabels) -> np.ndarray:
+        """(H, W) uint8; 255 where no class reaches its threshold."""
+        return labels.at(least_percents(self.thresholds))
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and classes (B,) of all boxes."""
+    empty = make_row("")
+    return tuple(
+        np.concatenate([np.asarray(row[key], kind) for row in (empty, *rows)])
+        for key, kind in (("scores", np.float32), ("category_ids", np.int32))
+    )
+
+
+def _annotation(row: dict[str, Any], box: int, *, masks: bool) -> dict[str, Any]:
+    annotation = {
+        "bbox": row["boxes"].reshape(-1, 4)[box].tolist(),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": int(row["category_ids"][box]),
+        "score": float(row["scores"][box]),
+    }
+    if masks and row["masks"]:
+        size = [row["height"], row["width"]]
+        annotation["segmentation"] = {"size": size, "counts": row["masks"][box]}
+    return annotation
+
+
+class StepTeacher:
+    """Labels plain images, those of one shape together.
+
+    Args:
+        cfg: of the model. SELFTRAIN.LABEL_PRECISION is heeded, SELFTRAIN.TTA is not: each image is seen once.
+        model: is put into evaluation mode.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SELFTRAIN.TTA.SCALES, cfg.SELFTRAIN.TTA.FLIP = (1.0,), False
+        self.masks = makes_masks(model)
+        self.teacher: Callable = SegmentationTeacher(cfg, model) if self.masks else Teacher(cfg, model)
+
+    def __call__(self, samples: Sequence[dict[str, Any]], most: int) -> list[Any]:
+        """Rows of the store (see ``make_row``) of the images' boxes, or ``PixelLabels``; of the files, in their order.
+
+        Args:
+            samples: with ``plain_image``, ``height`` and ``width``, as ``UnlabeledImageMapper`` has them.
+            most: images a forward pass.
+        """
+        by_shape: dict[tuple, list[int]] = {}
+        for i, sample in enumerate(samples):
+            by_shape.setdefault(tuple(sample["plain_image"].shape), []).append(i)
+        found: list[Any] = [None] * len(samples)
+        for places in by_shape.values():
+            for start in range(0, len(places), most):
+                part = places[start : start + most]
+                inputs = [
+                    {
+                        "file_name": "",
+                        "height": samples[i]["height"],
+                        "width": samples[i]["width"],
+                        "images": [samples[i]["plain_image"]],
+                    }
+                    for i in part
+                ]
+                for i, sample, labels in zip(part, inputs, self.teacher(inputs)):
+                    found[i] = labels if self.masks else box_row(sample, labels)
+        return found
+
+
+def set_score_floor(detector: nn.Module, floor: float) -> None:
+    """Let a detector of detectron2 find boxes of at least this score, whatever its config said."""
+    holder = getattr(detector, "roi_heads", detector)
+    predictors = getattr(holder, "box_predictor", holder)
+    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
+        if hasattr(predictor, "test_score_thresh"):
+            predictor.test_score_thresh = floor

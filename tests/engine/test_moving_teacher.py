@@ -1,0 +1,160 @@
+"""Labels made in the training step are those that the same weights write to disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco_set, small_rcnn_config
+from detectron2.modeling import build_model
+
+from selftrain_d2 import (
+    SelfTrainingTrainer,
+    generate_pseudo_labels,
+    load_pseudo_labels,
+    register_image_folder,
+    register_pseudo_labels,
+)
+from selftrain_d2.data.datasets import register_human_labels
+from selftrain_d2.data.loader import build_selftrain_train_loader
+
+NAMES = [f"{i:03d}.png" for i in range(1, 7)]
+
+
+@pytest.fixture
+def images(tmp_path, coco_set):
+    content = json.loads(Path(coco_set.json_file).read_text())
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    Path(coco_set.json_file).write_text(json.dumps(content))
+    register_human_labels("human", coco_set.json_file, coco_set.images)
+    unlabeled = make_coco_set(tmp_path / "unlabeled", len(NAMES), seed=5)
+    register_image_folder("plain", unlabeled.images)
+    return unlabeled.images
+
+
+def _student(cfg, tmp_path, **keys):
+    """A student of a teacher with random weights, whose scores are spread."""
+    cfg.DATASETS.TRAIN, cfg.DATASETS.PSEUDO_TRAIN, cfg.DATASETS.TEST = ("human",), ("plain",), ()
+    cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 2
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 1
+    cfg.SELFTRAIN.TEACHER = "moving_average"
+    cfg.SEED = 3
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.INPUT.AUGMENTATION.IMAGE_SIZE = 96
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    for key, value in keys.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "predictor.cls_score" in name:
+                parameter.mul_(0.03)  # else all scores are 0 or 1
+            else:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    cfg.MODEL.WEIGHTS = str(tmp_path / "teacher.pth")
+    torch.save(
+        {"model": model.state_dict(), "classes": {"thing_classes": ["red", "green"]}}, cfg.MODEL.WEIGHTS
+    )
+    return cfg
+
+
+def _label(cfg, images, tmp_path):
+    """Label the images on disk; a score that about a third of the boxes reach, and one that two thirds reach.
+
+    Each where no box is near, which could fall on either side.
+    """
+    generate_pseudo_labels(cfg, images, NAMES, tmp_path / "labels", score_floor=0.001, batch_size=1)
+    dicts = load_pseudo_labels(tmp_path / "labels", 0.001)
+    scores = np.sort([a["score"] for d in dicts for a in d["annotations"]])
+    assert len(scores) > 50
+    places = [slice(part * len(scores) // 6, (part + 1) * len(scores) // 6) for part in (4, 2)]
+    gaps = [scores[place][i : i + 2] for place in places for i in [np.diff(scores[place]).argmax()]]
+    return [float(gap.mean()) for gap in gaps]
+
+
+def _close(one, two):
+    """But for how the network rounds in another batch."""
+    if one.dtype == torch.bool:
+        assert one.shape == two.shape and (one != two).sum() <= 1e-3 * one.numel()
+    else:
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
+def _same(one, two):
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        if key == "instances":
+            assert value.image_size == two[key].image_size
+            for name, field in value.get_fields().items():
+                tensors = [getattr(f, "tensor", f) for f in (field, two[key].get(name))]
+                _close(*tensors)
+        elif key == "ignored_boxes":
+            _close(value.tensor, two[key].tensor)
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, two[key]), key
+        else:
+            assert value == two[key], key
+
+
+@pytest.mark.parametrize("policy", ["S1", "S4"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_step_is_that_of_the_same_labels_on_disk(images, small_config, tmp_path, policy, masks):
+    if masks:
+        cfg = small_rcnn_config("SelfTrainingGeneralizedRCNN", MODEL__MASK_ON=True)
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+        cfg.TEST.DETECTIONS_PER_IMAGE = 20
+    else:
+        cfg = small_config
+    cfg = _student(cfg, tmp_path, INPUT__AUGMENTATION__POLICY=policy)
+    floors = _label(cfg, images, tmp_path)
+    cfg.SELFTRAIN.SCORE_THRESH, cfg.SELFTRAIN.IGNORE_SCORE_THRESH = floors
+    trainer = SelfTrainingTrainer(cfg)
+    trainer.resume_or_load(False)
+    trainer.moving_teacher.before_train()
+    trainer.moving_teacher.batch_size = (
+        1  # an R-CNN of random weights makes other boxes of what is rounded otherwise
+    )
+    steps = [trainer.moving_teacher.label(b) for b, _ in zip(build_selftrain_train_loader(cfg), range(3))]
+
+    register_pseudo_labels("labels", tmp_path / "labels", floors[0], ignore_score_thresh=floors[1])
+    cfg.SELFTRAIN.TEACHER, cfg.DATASETS.PSEUDO_TRAIN = "labels", ("labels",)
+    found = ignored = 0
+    for step, expected in zip(steps, build_selftrain_train_loader(cfg)):
+        for one, two in zip(step, expected):
+            _same(one, two)
+            if one["label_source"] == "pseudo":
+                found += len(one["instances"])
+                ignored += len(one["ignored_boxes"])
+    assert found > 10 and ignored > 10
+
+
+def _train(cfg, resume=False):
+    trainer = SelfTrainingTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def test_a_resumed_run_is_one_that_was_not_stopped(images, small_config, tmp_path):
+    cfg = _student(small_config, tmp_path, SELFTRAIN__SCORE_THRESH=0.02, SELFTRAIN__TEACHER_CHECK_PERIOD=2)
+    cfg.SELFTRAIN.THRESHOLDS, cfg.SELFTRAIN.IGNORE_SCORE_THRESH = "counts", 0.015
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.005
+    _train(cfg)
+    output = tmp_path / "output"
+    files = [output / "model_final.pth", output / "moving_teacher" / "model_final.pth"]
+    expected = [torch.load(file, weights_only=True) for file in files]
+    for file in files:
+        file.unlink()
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    assert _train(cfg, resume=True).start_iter == 2
+    for file, before in zip(files, expected):
+        after = torch.load(file, weights_only=True)
+        assert all(torch.equal(after["model"][name], value) for name, value in before["model"].items())
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert any("teacher_agreement" in row for row in rows)
+    state = expected[0]["trainer"]["hooks"]["MovingTeacher"]["counts"]
+    assert state["boxes"].sum() > 0 and 7 < state["images"] < 8  # 2 a step, the earlier ones a little less
