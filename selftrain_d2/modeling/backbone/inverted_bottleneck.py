@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 
 import torch
@@ -37,15 +36,16 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
         if self.stride[0] == 1:
-            return super().forward(x)
+            return F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
         top, bottom = self._padding(x.shape[2])
         left, right = self._padding(x.shape[3])
         x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, self.weight, self.bias, stride=self.stride, groups=self.groups)
 
     def _padding(self, size: int) -> tuple[int, int]:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+        # (ceil(size / stride) - 1) * stride + kernel - size, in integer operations that a trace can follow: there a
+        # size is a tensor, and `math` or `max` would make a constant of it. Not negative, as kernel >= stride.
+        total = self.kernel_size[0] - 1 - (size - 1) % self.stride[0]
         return total // 2, total - total // 2
 
 

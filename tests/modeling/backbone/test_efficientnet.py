@@ -338,3 +338,18 @@ def test_autocast(name, dtype, tolerance):
         features = model(image)
     for feature, value in features.items():
         assert deviation(value.float(), expected[feature]) < tolerance
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite0"])
+def test_a_trace_works_at_other_sizes(name):
+    """ "Same" padding depends on the size: as a constant of the trace it would crop or shift features silently."""
+    model = EfficientNet(
+        name=name, out_features=["res3", "res5"], norm=batch_norm_builder("BN", device="cpu")
+    ).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64), strict=False, check_trace=False)
+        for shape in ((2, 3, 65, 97), (1, 3, 96, 63)):
+            images = torch.randn(shape)
+            expected, found = model(images), traced(images)
+            for feature, value in expected.items():
+                torch.testing.assert_close(found[feature], value, rtol=1e-4, atol=1e-6)
