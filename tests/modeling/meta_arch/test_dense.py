@@ -16,6 +16,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from selftrain_d2 import LossNormalizer
+from selftrain_d2.deployment.export import write_checked
+from selftrain_d2.deployment.exported import exportable
 from selftrain_d2.modeling.meta_arch import SelfTrainingFCOS, SelfTrainingRetinaNet
 
 CHANNELS, SIZE = 16, 96
@@ -130,3 +132,13 @@ def test_in_a_lazy_config_project(lazy, plain, ours):
     trainer.train(0, 12)
     totals = [value for value, _ in trainer.storage.history("human_loss").values()]
     assert normalizer.steps == 12 and totals[-1] < totals[0]
+
+
+@pytest.mark.parametrize("weight_format", ["onnx", "torchscript"])
+@pytest.mark.parametrize("lazy", [_fcos, _retinanet])
+def test_ours_can_be_exported(lazy, weight_format, tmp_path):
+    torch.manual_seed(0)
+    ours = SelfTrainingFCOS if lazy is _fcos else SelfTrainingRetinaNet
+    function = exportable(instantiate(lazy(ours)).eval(), "BGR")
+    write_checked(function, weight_format, tmp_path / "model", {})
+    assert (tmp_path / "model").is_file()
