@@ -1,4 +1,4 @@
-"""Measure speed on this machine: augmentation, backbone, training, labeling or the pseudo-label store.
+"""Measure speed on this machine: augmentation, backbone, training, labeling, export or the pseudo-label store.
 
 Contestants take turns in one process, so that ratios hold even where other programs run beside it. Prints
 a table; --output also writes every figure as JSON.
@@ -18,6 +18,7 @@ from selftrain_d2.experiments.benchmarks.timing import machine, use_one_core
 TASKS = {
     "augmentation": "selftrain_d2.experiments.benchmarks.augmentation",
     "backbone": "selftrain_d2.experiments.benchmarks.backbone",
+    "export": "selftrain_d2.experiments.benchmarks.export",
     "label": "selftrain_d2.experiments.benchmarks.label",
     "store": "selftrain_d2.experiments.benchmarks.store",
     "train": "selftrain_d2.experiments.benchmarks.train",
