@@ -20,6 +20,7 @@ import pycocotools.mask as mask_util
 
 from selftrain_d2.data.datasets import check_coco_json, coco_class_names, read_image_size
 from selftrain_d2.data.image_sources import absolute_root, check_distinct
+from selftrain_d2.data.label_formats.results import is_results, read_predictions
 from selftrain_d2.data.pseudo_labels.dataset import PseudoLabelDataset
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
@@ -148,11 +149,50 @@ def import_coco(
     coco = check_coco_json(
         json_file, image_root, allow_flat=False, mend_image=lambda image: _mend_image(image, image_root)
     )
+    sha256 = hashlib.sha256(Path(json_file).read_bytes()).hexdigest()
+    return _import(coco, sha256, json_file, image_root, folder, thing_classes)
+
+
+def import_predictions(
+    path: str | os.PathLike,
+    image_root: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    thing_classes: Sequence[str] | None = None,
+    image_json: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """:func:`import_coco` for someone else's predictions: COCO results, YOLO, VOC, or COCO JSON with scores.
+
+    Args:
+        path, image_json: see :func:`~selftrain_d2.data.label_formats.results.read_predictions`.
+        thing_classes: class names; of a YOLO folder by the ids of its files, else in the order of training.
+
+    Raises:
+        InputError: see there, and :func:`import_coco`.
+    """
+    if os.fspath(path).lower().endswith(".json") and image_json is None and not is_results(path):
+        return import_coco(path, image_root, folder, thing_classes=thing_classes)
+    coco = read_predictions(path, os.fspath(image_root), image_json=image_json, classes=thing_classes)
+    for image in coco["images"]:
+        if not os.path.isfile(os.path.join(image_root, image["file_name"])):
+            raise InputError(f"{path} names images that are not in {image_root}, e.g. {image['file_name']}.")
+    sha256 = hashlib.sha256(json.dumps(coco).encode()).hexdigest()
+    return _import(coco, sha256, path, image_root, folder, thing_classes)
+
+
+def _import(
+    coco: dict[str, Any],
+    sha256: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    folder: str | os.PathLike,
+    thing_classes: Sequence[str] | None,
+) -> dict[str, Any]:
     names = list(coco_class_names(coco) if thing_classes is None else thing_classes)
     check_distinct(names, "--classes")
     identity = {
         "thing_classes": names,
-        "imported_json_sha256": hashlib.sha256(Path(json_file).read_bytes()).hexdigest(),
+        "imported_json_sha256": sha256,
         "score_floor": 0.0,
         "image_root": absolute_root(image_root),
     }
