@@ -14,6 +14,7 @@ from pathlib import Path
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import setup_config
+from selftrain_d2.cli.label_arguments import add_image_and_class_arguments
 from selftrain_d2.data.pseudo_labels.manifest import kind_of, read_manifest
 from selftrain_d2.engine.box_reach import box_reach
 from selftrain_d2.engine.checks import build_without_memory
@@ -31,11 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--truth",
         metavar="JSON",
-        help="COCO JSON of human labels of the same images; of pseudo masks the folder of true ones, of all images",
+        help="human labels of the same images; of pseudo masks the folder of true ones, of all images",
     )
     parser.add_argument(
-        "--human-labels", metavar="JSON", help="COCO JSON of the labeled set, to compare with; boxes alone"
+        "--human-labels",
+        "--labels",
+        metavar="PATH",
+        help="the labeled set, to compare with; boxes alone. Like --truth a COCO JSON, a YOLO data.yaml or folder, or "
+        "a VOC folder",
     )
+    add_image_and_class_arguments(parser)
     parser.add_argument(
         "--config-file",
         metavar="FILE",
@@ -62,7 +68,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report_masks(args: argparse.Namespace, folder: Path, output: Path) -> None:
-    for option, value in (("--human-labels", args.human_labels), ("--config-file", args.config_file)):
+    for option, value in (
+        ("--human-labels", args.human_labels),
+        ("--labeled-images", args.labeled_images),
+        ("--classes", args.classes),
+        ("--config-file", args.config_file),
+    ):
         if value is not None:
             raise InputError(f"{option} compares boxes, but the pseudo labels are masks: leave it out.")
     write_mask_report(
@@ -99,6 +110,8 @@ def _report_boxes(args: argparse.Namespace, folder: Path, output: Path) -> None:
         score_thresh=args.score_thresh,
         truth_json=args.truth,
         human_json=args.human_labels,
+        human_images=args.labeled_images,
+        label_classes=args.classes,
         image_root=args.image_root,
     )
     numbers = write_report(found, output, _reach(args, found))

@@ -10,11 +10,15 @@ import argparse
 from pathlib import Path
 
 from selftrain_d2.cli.dry_run import Plan
+from selftrain_d2.cli.label_arguments import add_image_and_class_arguments, add_labels_argument
 from selftrain_d2.data.splits import make_splits, parse_fractions, read_labels, split_sizes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("json", type=Path, metavar="JSON", help="detections in COCO format")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("json", nargs="?", type=Path, metavar="JSON", help="detections in COCO format")
+    add_labels_argument(source)
+    add_image_and_class_arguments(parser)
     parser.add_argument(
         "--fractions",
         nargs="+",
@@ -31,18 +35,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace) -> Plan:
     """What :func:`run` would do."""
+    args.json = args.json or Path(args.labels)
     plan = Plan()
     fractions = parse_fractions(args.fractions)
     plan.say("split", f"{args.json}, seed {args.seed}{', stratified' if args.stratified else ''}")
-    coco = plan.read([args.json], lambda: read_labels(args.json))
-    if coco is not None:
-        split_sizes(fractions, len(coco["images"]), args.json)
+    labels = plan.read([args.json], lambda: read_labels(args.json, args.labeled_images, args.classes))
+    if labels is not None:
+        split_sizes(fractions, len(labels.file.content["images"]), args.json)
     plan.say("output", ", ".join(str(args.output / f"labeled_{name}.json") for name in fractions))
     return plan
 
 
 def run(args: argparse.Namespace) -> None:
-    manifest = make_splits(args.json, args.output, args.fractions, seed=args.seed, stratified=args.stratified)
+    manifest = make_splits(
+        args.json or Path(args.labels),
+        args.output,
+        args.fractions,
+        seed=args.seed,
+        stratified=args.stratified,
+        images=args.labeled_images,
+        classes=args.classes,
+    )
     print(f"{args.output}:")
     for name, counts in manifest["splits"].items():
         present = sum(number > 0 for number in counts["objects"].values())

@@ -8,6 +8,9 @@ goes on from there and redoes nothing that is finished. summary.md and summary.j
         --labeled-json labeled.json --labeled-images photos --unlabeled-images more_photos \\
         --val-json val.json --val-images val_photos --output output
 
+    selftrain-d2 self-train --config-file neon_trees/lite0_256.yaml \\
+        --labels my_yolo/data.yaml --unlabeled-images more_photos --output output
+
     selftrain-d2 self-train --task segmentation --config-file aerial_digits/segmentor_lite0_128.yaml \\
         --classes background road tree --labeled-images photos --labeled-masks masks \\
         --unlabeled-images more_photos --val-images val_photos --val-masks val_masks --output output
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from pathlib import Path
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import (
@@ -27,6 +31,8 @@ from selftrain_d2.cli.common import (
     setup_config,
 )
 from selftrain_d2.cli.jobs import add_jobs_arguments, devices_of, run_seeds
+from selftrain_d2.cli.label_arguments import add_labels_argument, add_val_labels_argument, labels_as_coco
+from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.pipeline import self_train
 from selftrain_d2.engine.seeds import seed_folder, seeds_to_markdown, self_train_seeds, with_seed
@@ -57,12 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=list(TASKS), default="detection", help="boxes (the default) or masks of pixels"
     )
-    parser.add_argument("--labeled-images", required=True, metavar="FOLDER", help="images with human labels")
+    parser.add_argument(
+        "--labeled-images",
+        metavar="FOLDER",
+        help="images with human labels; YOLO and VOC know theirs",
+    )
     parser.add_argument(
         "--unlabeled-images", required=True, metavar="FOLDER", help="images without labels, nested or not"
     )
     parser.add_argument("--val-images", metavar="FOLDER", help="images with human labels to evaluate on")
     boxes = parser.add_argument_group("detection")
+    add_labels_argument(boxes)
+    add_val_labels_argument(boxes)
     boxes.add_argument("--labeled-json", metavar="JSON", help="human labels, in COCO JSON")
     boxes.add_argument("--val-json", metavar="JSON", help="those of --val-images")
     boxes.add_argument(
@@ -85,7 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes",
         nargs="+",
         metavar="NAME",
-        help="class names by id, the first that of 0; before another --argument",
+        help="class names by id, the first that of 0, of masks, or of --labels in a folder of .txt files; before "
+        "another --argument",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the stages and the summary")
     parser.add_argument(
@@ -191,12 +204,45 @@ def _seeds(args: argparse.Namespace) -> list[int]:
     return seeds
 
 
+def _take_labels(args: argparse.Namespace) -> None:
+    """Put what ``--labels`` and ``--val-labels`` name in the place of the arguments for COCO JSON.
+
+    Raises:
+        InputError: they do not go with the others, or have a fault.
+    """
+    if args.task != "detection":
+        raise InputError("--labels and --val-labels go with --task detection.")
+    if args.labels is None:
+        raise InputError("--val-labels goes with --labels: give both, or --val-json.")
+    for name, other in (("--labels", args.labeled_json), ("--val-labels", args.val_labels and args.val_json)):
+        if other is not None:
+            raise InputError(f"{name} takes COCO JSON as well: leave the other argument out.")
+    check_outside(args.output, args.unlabeled_images)  # before anything is written there
+    labeled, validation = labels_as_coco(
+        Path(args.output, "labels"),
+        args.labels,
+        args.labeled_images,
+        args.val_labels,
+        args.val_images,
+        args.classes,
+        use_split=args.val_json is None,
+    )
+    args.labeled_json, args.labeled_images = labeled
+    args.classes = None
+    if validation is not None:
+        args.val_json, args.val_images = validation
+
+
 def _task(args: argparse.Namespace) -> Task:
     """The task with its data.
 
     Raises:
         InputError: an argument is missing, or is one of the other task.
     """
+    if args.labels is not None or args.val_labels is not None:
+        _take_labels(args)
+    if args.labeled_images is None:
+        raise InputError("--labeled-images is missing: the folder of the images with human labels.")
     given = vars(args)
     values = {}
     for task, arguments in _OWN_ARGUMENTS.items():
@@ -204,7 +250,8 @@ def _task(args: argparse.Namespace) -> Task:
             value = given[argument.lstrip("-").replace("-", "_")]
             if task == args.task:
                 if value is None and argument in _NEEDED[task]:
-                    raise InputError(f"--task {task} needs {argument}.")
+                    other = ", or --labels" if task == "detection" else ""
+                    raise InputError(f"--task {task} needs {argument}{other}.")
                 values[field] = value
             elif value is not None:
                 raise InputError(f"{argument} goes with --task {task}, not with {args.task}.")

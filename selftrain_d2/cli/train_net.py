@@ -13,7 +13,9 @@ detectron2 ships, and those registered by the options below.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from detectron2.config import CfgNode
 
@@ -26,6 +28,7 @@ from selftrain_d2.cli.common import (
     setup_config,
 )
 from selftrain_d2.cli.dry_run import NamedDataset, Plan
+from selftrain_d2.cli.label_arguments import add_labels_argument, add_val_labels_argument, labels_as_coco
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.anchor_fitting import with_fitted_anchors
@@ -46,6 +49,9 @@ from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.run_folder import check_run_folder
 from selftrain_d2.errors import InputError
 
+#: Name of the data set of --labels, and of the folder in OUTPUT_DIR for its COCO JSON.
+LABELS = "labels"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this command."""
@@ -57,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "JSON", "IMAGES"),
         help="register a COCO JSON and its image folder under a name; may be repeated",
     )
+    add_labels_argument(parser)
+    parser.add_argument(
+        "--labeled-images", metavar="FOLDER", help="images of --labels, if not where the format has them"
+    )
+    add_val_labels_argument(parser)
+    parser.add_argument("--val-images", metavar="FOLDER", help="those of --val-labels")
     parser.add_argument(
         "--human-masks",
         nargs=3,
@@ -70,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes",
         nargs="+",
         metavar="CLASS",
-        help="class names of --human-masks by id, the first that of 0; before another --argument",
+        help="class names by id, the first that of 0, of --human-masks, or of --labels in a folder of .txt files; "
+        "before another --argument",
     )
     parser.add_argument(
         "--pseudo-labels",
@@ -113,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, or evaluate."""
     log_to_console()
-    cfg = _config(args)
+    cfg = _config(args, Path(LABELS))
     datasets = [dataset.make(*dataset.arguments) for dataset in _datasets(args, cfg)]
     if args.eval_only:
         evaluate(cfg, datasets, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
@@ -133,7 +146,11 @@ def when_stopped(args: argparse.Namespace) -> str:
 
 def plan(args: argparse.Namespace) -> Plan:
     """What :func:`run` would do."""
-    cfg, plan = _config(args), Plan()
+    with tempfile.TemporaryDirectory() as folder:  # for labels that are not COCO's
+        return _plan(args, _config(args, Path(folder)), Plan())
+
+
+def _plan(args: argparse.Namespace, cfg: CfgNode, plan: Plan) -> Plan:
     plan.say("config", args.config_file)
     with registered(plan.datasets(_datasets(args, cfg))):
         if args.eval_only:
@@ -168,8 +185,17 @@ def plan(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def _config(args: argparse.Namespace) -> CfgNode:
+def _config(args: argparse.Namespace, folder: Path) -> CfgNode:
+    """The config; ``--labels`` become data sets that it names and that ``--human-labels`` registers.
+
+    Args:
+        folder: for labels that are not in COCO JSON; relative to OUTPUT_DIR.
+    """
     cfg = setup_config(args)
+    if args.labels is not None:
+        _take_labels(args, cfg, folder)
+    elif args.val_labels is not None or args.labeled_images is not None:
+        raise InputError("--val-labels and --labeled-images go with --labels.")
     cfg.freeze()
     if args.eval_only and not (cfg.DATASETS.TEST and cfg.MODEL.WEIGHTS):
         raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")
@@ -179,6 +205,28 @@ def _config(args: argparse.Namespace) -> CfgNode:
             "which the config.yaml of their run has."
         )
     return cfg
+
+
+def _take_labels(args: argparse.Namespace, cfg: CfgNode, folder: Path) -> None:
+    classes = None if args.human_masks else args.classes
+    found = labels_as_coco(
+        Path(cfg.OUTPUT_DIR) / folder,
+        args.labels,
+        args.labeled_images,
+        args.val_labels,
+        args.val_images,
+        classes,
+        use_split="DATASETS.TEST" not in args.opts,
+    )
+    if not args.human_masks:
+        args.classes = None
+    for name, key, paths in zip((LABELS, f"{LABELS}_val"), ("TRAIN", "TEST"), found):
+        if paths is not None:
+            args.human_labels.append([name, *paths])
+            if f"DATASETS.{key}" not in args.opts:
+                cfg.DATASETS[key] = (name,)
+        elif f"DATASETS.{key}" not in args.opts:
+            cfg.DATASETS[key] = ()
 
 
 def _datasets(args: argparse.Namespace, cfg: CfgNode) -> Iterator[NamedDataset]:

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from selftrain_d2.data.coco_file import read_coco
 from selftrain_d2.data.image_sources import list_line
+from selftrain_d2.data.label_formats.detect import read_labels as read_any_labels
+from selftrain_d2.data.label_formats.label_set import LabelSet
 from selftrain_d2.data.prepared_folder import find_manifest, prepare_folder, write_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged
@@ -44,6 +45,8 @@ def make_splits(
     *,
     seed: int = 0,
     stratified: bool = False,
+    images: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Write labeled fractions of a COCO file; does nothing if they are there, whole and of these settings.
 
@@ -54,11 +57,12 @@ def make_splits(
     Images are written in the order of sampling, so the files do not depend on the order in the source either.
 
     Args:
-        json_file: detections in COCO format.
+        json_file: detections in COCO format, or another that ``data.label_formats`` reads.
         output: folder to make. It may exist if it is empty or an earlier output of this function.
         fractions: percent of the images, more than 0 to 100; the number of images is rounded, halves up.
         seed: of the sample.
         stratified: keep the shares of the classes equal, see above.
+        images, classes: see :func:`selftrain_d2.data.label_formats.detect.read_labels`.
 
     Returns:
         The manifest: source, settings, images and objects of each class per fraction, SHA-256 of every file.
@@ -71,9 +75,11 @@ def make_splits(
     """
     percents = parse_fractions(fractions)
     json_file, output = Path(json_file), Path(output).absolute()
-    coco = read_labels(json_file)
+    labels = read_labels(json_file, images, classes)
+    coco = labels.file.content
+    data = json_file.read_bytes() if labels.is_coco else json.dumps(coco).encode()
     settings = {
-        "source_sha256": hashlib.sha256(json_file.read_bytes()).hexdigest(),
+        "source_sha256": hashlib.sha256(data).hexdigest(),
         "fractions": list(percents),
         "seed": seed,
         "stratified": stratified,
@@ -222,13 +228,15 @@ def _count(coco: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_labels(path: str | os.PathLike) -> dict[str, Any]:
-    """A COCO file of labels to split, see :func:`selftrain_d2.data.coco_file.read_coco`.
+def read_labels(
+    path: str | os.PathLike, images: str | None = None, classes: Sequence[str] | None = None
+) -> LabelSet:
+    """Labels to split, see :func:`selftrain_d2.data.label_formats.detect.read_labels`.
 
     Raises:
         InputError: it cannot be used, or has no list of annotations.
     """
-    coco = read_coco(path).content
-    if "annotations" not in coco:
+    labels = read_any_labels(path, images=images, classes=classes)
+    if "annotations" not in labels.file.content:
         raise InputError(f"{path} is not a COCO file of labels: it has no 'annotations'.")
-    return coco
+    return labels

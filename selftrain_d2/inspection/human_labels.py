@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from detectron2.structures import BoxMode
 
-from selftrain_d2.data.coco_file import CocoFile, read_coco
+from selftrain_d2.data.coco_file import CocoFile
+from selftrain_d2.data.label_formats.detect import read_labels
 from selftrain_d2.errors import InputError
 
 
@@ -25,17 +26,24 @@ class HumanLabels(NamedTuple):
     unknown_classes: dict[str, int]  # those that it does not know, with their boxes
 
 
-def read_human_labels(json_file: str | os.PathLike, class_names: Sequence[str]) -> HumanLabels:
-    """Read a COCO JSON.
+def read_human_labels(
+    json_file: str | os.PathLike,
+    class_names: Sequence[str],
+    *,
+    images: str | None = None,
+    label_classes: Sequence[str] | None = None,
+) -> HumanLabels:
+    """Read a COCO JSON, or labels in another format.
 
     Args:
-        json_file: boxes XYWH in pixels, as COCO has them.
+        json_file: labels that ``data.label_formats`` reads.
         class_names: the teacher's, by contiguous category id.
+        images, label_classes: see :func:`selftrain_d2.data.label_formats.detect.read_labels`.
 
     Raises:
         InputError: see :func:`selftrain_d2.data.coco_file.read_coco`; or the file shares no class with the teacher.
     """
-    file = read_coco(json_file)
+    file = read_labels(json_file, images=images, classes=label_classes).file
     known = set(file.class_names) & set(class_names)
     if not known:
         raise InputError(

@@ -93,6 +93,8 @@ def inspect_labels(
     score_thresh: float = 0.5,
     truth_json: str | os.PathLike | None = None,
     human_json: str | os.PathLike | None = None,
+    human_images: str | None = None,
+    label_classes: Sequence[str] | None = None,
     image_root: str | os.PathLike | None = None,
     images_a_sheet: int = 8,
 ) -> Inspection:
@@ -102,7 +104,8 @@ def inspect_labels(
         folder: what ``generate_pseudo_labels`` wrote.
         score_thresh: the threshold to judge at; the folder holds boxes of lower scores too.
         truth_json: COCO JSON of human labels of the same images, or some of them.
-        human_json: COCO JSON of the labeled set that the student will train on as well.
+        human_json: those of the labeled set that the student will train on as well.
+        human_images, label_classes: see :func:`selftrain_d2.data.label_formats.detect.read_labels`.
         image_root: where the images are, if not where they were when labeled.
         images_a_sheet: how many images to pick for each of ``statistics.SAMPLES``.
 
@@ -116,8 +119,13 @@ def inspect_labels(
         raise InputError(
             f"The score threshold {score_thresh} is outside [{floor}, 1]: {folder} was written with the floor {floor}."
         )
-    human = None if human_json is None else read_human_labels(human_json, class_names)
-    truth = None if truth_json is None else read_human_labels(truth_json, class_names)
+    of_humans = {"images": human_images, "label_classes": label_classes}
+    human = None if human_json is None else read_human_labels(human_json, class_names, **of_humans)
+    truth = (
+        None
+        if truth_json is None
+        else read_human_labels(truth_json, class_names, label_classes=label_classes)
+    )
     labels = load_pseudo_labels(folder, floor, image_root=image_root)
     thresholds = threshold_grid(floor, score_thresh)
     picked = empty_samples(images_a_sheet)
