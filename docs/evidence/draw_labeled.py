@@ -1,4 +1,4 @@
-"""Draw the labeled images of each seed of docs/evidence.md: labeled.json, unlabeled.json (the withheld truth), and links.
+"""Draw the labeled images of each seed of docs/evidence.md: labeled.json, unlabeled.json (withheld truth), and links.
 
     python docs/evidence/draw_labeled.py train.json images --labeled 80 --seeds 0 1 2 3 4 --output data/playing_cards
 
@@ -13,7 +13,9 @@ from selftrain_d2.data.splits import make_splits
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("json", type=Path)
     parser.add_argument("images", type=Path)
     parser.add_argument("--labeled", type=int, required=True, help="images that keep their labels")
@@ -32,7 +34,9 @@ def main():
             images = [image for image in coco["images"] if (image["file_name"] in names) == wanted]
             ids = {image["id"] for image in images}
             annotations = [one for one in coco["annotations"] if one["image_id"] in ids]
-            (folder / f"{part}.json").write_text(json.dumps({**coco, "images": images, "annotations": annotations}))
+            (folder / f"{part}.json").write_text(
+                json.dumps({**coco, "images": images, "annotations": annotations})
+            )
             (folder / part).mkdir(exist_ok=True)
             for image in images:
                 link = folder / part / image["file_name"]
