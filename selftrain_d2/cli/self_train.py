@@ -69,7 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images with human labels; YOLO and VOC know theirs",
     )
     parser.add_argument(
-        "--unlabeled-images", required=True, metavar="FOLDER", help="images without labels, nested or not"
+        "--unlabeled-images",
+        required=True,
+        nargs="+",
+        metavar="PLACE",
+        help="images without labels: folders, lists (.txt), COCO files (.json), tar archives; those among them that "
+        "are labeled or of validation are left out; before another --argument",
+    )
+    parser.add_argument(
+        "--unlabeled-root",
+        metavar="FOLDER",
+        help="what paths in lists and COCO files of --unlabeled-images are relative to (default: the file's folder)",
     )
     parser.add_argument("--val-images", metavar="FOLDER", help="images with human labels to evaluate on")
     boxes = parser.add_argument_group("detection")
@@ -255,4 +265,5 @@ def _task(args: argparse.Namespace) -> Task:
                 values[field] = value
             elif value is not None:
                 raise InputError(f"{argument} goes with --task {task}, not with {args.task}.")
-    return TASKS[args.task](args.labeled_images, args.unlabeled_images, args.val_images, **values)
+    images = args.labeled_images, args.unlabeled_images, args.val_images, args.unlabeled_root
+    return TASKS[args.task](*images, **values)

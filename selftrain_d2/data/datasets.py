@@ -29,14 +29,31 @@ def load_image_folder(folder: str | os.PathLike) -> tuple[list[dict[str, Any]], 
     """Dataset dicts of all images below a folder, without annotations.
 
     Returns:
-        The dicts (``file_name, image_id, height, width``; ``image_id`` is the path relative to the folder),
-        and the unreadable files with their reasons.
+        See :func:`load_images`.
 
     Raises:
         InputError: the folder is missing, or has no readable image.
     """
-    dicts, unreadable = [], {}
-    for name in list_images(folder):
+    return load_images(folder, list_images(folder))
+
+
+def load_images(
+    image_root: str | os.PathLike, names: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Dataset dicts of images, without annotations.
+
+    Args:
+        image_root, names: as in :class:`~selftrain_d2.data.image_sources.ImageSource`.
+
+    Returns:
+        The dicts (``file_name, image_id, height, width``; ``image_id`` is the name), and the unreadable files with
+        their reasons.
+
+    Raises:
+        InputError: none can be read.
+    """
+    dicts, unreadable, folder = [], {}, image_root
+    for name in names:
         path = os.path.join(folder, name)
         try:
             height, width = read_image_size(path)
@@ -55,19 +72,23 @@ def load_image_folder(folder: str | os.PathLike) -> tuple[list[dict[str, Any]], 
     return dicts, unreadable
 
 
-def register_image_folder(name: str, folder: str | os.PathLike) -> None:
+def register_image_folder(name: str, folder: str | os.PathLike, names: Sequence[str] | None = None) -> None:
     """Register a plain folder of images, nested or not, as an unlabeled dataset.
 
     Unreadable files are skipped with a warning; once the dataset was loaded,
     ``MetadataCatalog.get(name).unreadable_files`` maps each to its reason.
 
+    Args:
+        names: images below the folder, or members of its archives; all images of the folder without.
+
     Raises:
         InputError: the folder is missing or empty, or the name is taken.
     """
-    list_images(folder)  # a wrong path is told now, not hours later
+    if names is None:
+        list_images(folder)  # a wrong path is told now, not hours later
 
     def load() -> list[dict[str, Any]]:
-        dicts, unreadable = load_image_folder(folder)
+        dicts, unreadable = load_image_folder(folder) if names is None else load_images(folder, names)
         metadata = MetadataCatalog.get(name)
         if not hasattr(metadata, "unreadable_files"):
             metadata.unreadable_files = unreadable

@@ -1,7 +1,8 @@
 """Images inside uncompressed tar files (WebDataset shards among them), as paths of detectron2's PathManager.
 
-``tar:///data/shard-000.tar/0001.jpg`` is the member ``0001.jpg`` of ``/data/shard-000.tar``. Importing this
-module teaches that to the PathManager, so that whatever reads images through it reads these too.
+``tar:///data/shard-000.tar/0001.jpg`` is the member ``0001.jpg`` of ``/data/shard-000.tar``, and
+``tar:///data/photos/0001.jpg``, without an archive on the way, the file itself: archives and folders can have one root.
+Importing this module teaches that to the PathManager, so that whatever reads images through it reads these too.
 """
 
 from __future__ import annotations
@@ -83,6 +84,20 @@ class TarIndex:
         """All images, in the order of their data."""
         return [self._names[i] for i in np.argsort(self._places[:, 0], kind="stable")]
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Offset and size of one image's data, in bytes.
+
+        Raises:
+            OSError: there is no such image, or it has no data of its own.
+        """
+        i = bisect.bisect_left(self._names, name)
+        if i == len(self._names) or self._names[i] != name:
+            raise FileNotFoundError(f"{self.path} has no image {name}")
+        offset, size = (int(number) for number in self._places[i])
+        if offset < 0:
+            raise OSError(f"{name} is a broken link or a sparse file in {self.path}")
+        return offset, size
+
     def read(self, name: str) -> bytes:
         """The bytes of one image.
 
@@ -93,12 +108,7 @@ class TarIndex:
         """
         if not name:
             raise OSError(f"{self.path} cannot be read to its end: {self.damage}")
-        i = bisect.bisect_left(self._names, name)
-        if i == len(self._names) or self._names[i] != name:
-            raise FileNotFoundError(f"{self.path} has no image {name}")
-        offset, size = (int(number) for number in self._places[i])
-        if offset < 0:
-            raise OSError(f"{name} is a broken link or a sparse file in {self.path}")
+        offset, size = self.place(name)
         with open(self.path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
@@ -164,7 +174,9 @@ class TarPathHandler(PathHandler):
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[bytes]:
         if mode != "rb":
             raise OSError(f"{path} can only be opened with mode rb, not {mode}")
-        archive, name = _split(path)
+        archive, name = split(path)
+        if archive is None:
+            return open(name, "rb")
         try:
             return io.BytesIO(tar_index(archive).read(name))
         except InputError as error:
@@ -180,13 +192,14 @@ class TarPathHandler(PathHandler):
     _exists = _isfile
 
 
-def _split(path: str) -> tuple[str, str]:
-    """The archive and the member of a ``tar://`` path. The first ``*.tar`` that is a file is the archive."""
+def split(path: str) -> tuple[str | None, str]:
+    """The archive and the member of a ``tar://`` path. The first ``*.tar`` that is a file is the archive; where there
+    is none, None and the path of the file itself."""
     path = path[len(PREFIX) :]
     for match in re.finditer(r"\.tar(?=/|$)", path, re.IGNORECASE):
         if os.path.isfile(path[: match.end()]):
             return path[: match.end()], path[match.end() + 1 :]
-    raise FileNotFoundError(f"No archive is at {path}")
+    return None, path
 
 
 PathManager.register_handler(TarPathHandler(), allow_override=True)

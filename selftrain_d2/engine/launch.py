@@ -149,9 +149,9 @@ def select(
     return selection_from_config(cfg, names, counts), counts.as_dict()
 
 
-def unlabeled_images(name: str, folder: str | os.PathLike) -> DatasetSpec:
-    """A folder of images that are labeled while a student is trained, for :func:`registered`."""
-    return name, register_image_folder, (absolute_root(folder),)
+def unlabeled_images(name: str, folder: str | os.PathLike, names: Sequence[str] | None = None) -> DatasetSpec:
+    """Images of a folder that are labeled while a student is trained, for :func:`registered`; all without names."""
+    return name, register_image_folder, (absolute_root(folder), names)
 
 
 def classification_images(name: str, folder: str) -> DatasetSpec:

@@ -15,11 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from selftrain_d2.data.datasets import (
-    list_images,
-    load_image_folder,
-    register_dataset,
-)
+from selftrain_d2.data.datasets import load_images, register_dataset
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
@@ -237,7 +233,8 @@ class _Loop:
         if start == "teacher" and None not in models:
             require_same_backbone(*models, student.MODEL.WEIGHTS)
         if oracle:
-            self.task.truth_of(load_image_folder(self.task.unlabeled_images)[0], student.MODEL.MASK_ON)
+            root, names, _ = self.task.unlabeled
+            self.task.truth_of(load_images(root, names)[0], student.MODEL.MASK_ON)
 
     @property
     def moving_teacher(self) -> bool:
@@ -247,7 +244,8 @@ class _Loop:
     @property
     def unlabeled(self) -> DatasetSpec:
         """The unlabeled images without labels, for :func:`registered`."""
-        return unlabeled_images(PSEUDO, self.task.unlabeled_images)
+        root, names, _ = self.task.unlabeled
+        return unlabeled_images(PSEUDO, root, names)
 
     def fit_anchors(self) -> None:
         """Take anchors that fit the labeled boxes, in every stage."""
@@ -421,8 +419,8 @@ class _Loop:
         Args:
             weights: below the teacher's folder; by default those that its run leaves to label with.
         """
-        images = self.task.unlabeled_images
-        folder = self.label_images(stage, teacher, images, list_images(images), weights)
+        root, names, left_out = self.task.unlabeled
+        folder = self.label_images(stage, teacher, root, names, weights)
         selection, thresholds = select(folder, self.teacher_config(), self.task.datasets())
         counts = self.task.count(folder, selection)
         if not counts:
@@ -444,6 +442,7 @@ class _Loop:
             "folder": stage,
             "images": manifest["listed"],
             "skipped": len(manifest["skipped"]),
+            "left_out": left_out,
             **counts,
             "selection": selection,
             "score_thresh": self.cfg.SELFTRAIN.SCORE_THRESH,
@@ -462,7 +461,7 @@ class _Loop:
         names: Sequence[str],
         weights: str | None = None,
     ) -> Path:
-        """Label images of a folder, or take what was labeled before."""
+        """Label images below a root, or take what was labeled before."""
         folder = self.output / stage
         cfg = self.config_of(teacher["stage"])
         if weights is not None:

@@ -74,7 +74,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
         if "metrics" not in stage:
             lines += [
                 "",
-                f"`{name}`: {task.sentence(stage, summary['selected'])} ({stage['skipped']} unreadable); "
+                f"`{name}`: {task.sentence(stage, summary['selected'])} "
+                f"({stage['skipped']} unreadable{_left_out(stage)}); "
                 f"labeled in {stage['seconds'] / 60:.1f} minutes.",
                 *_moving_teacher(summary),
                 *_thresholds(stage),
@@ -145,6 +146,11 @@ def _refined(stage: dict[str, Any]) -> str:
     return f" (the last {steps} on human labels alone)" if steps else ""
 
 
+def _left_out(stage: dict[str, Any]) -> str:
+    """Unlabeled images that were not labeled because people had labeled them."""
+    return "".join(f", {number} left out as {kind}" for kind, number in stage.get("left_out", {}).items())
+
+
 def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode, task: Task) -> None:
     """Some of the unlabeled images that got labels, evenly spread over the list: not chosen by what they show."""
     folder, score_thresh = output / "pseudo_labels", summary["score_thresh"]
@@ -158,7 +164,7 @@ def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode,
         labels = os.path.join(folder, "labels")
         generate_pseudo_labels(
             student,
-            task.unlabeled_images,
+            task.unlabeled.image_root,
             shown,
             labels,
             score_floor=min(0.05, task.shown_threshold(score_thresh)),

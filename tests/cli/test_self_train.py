@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from typing import ClassVar
 
@@ -48,6 +49,12 @@ def command(tmp_path):
 def test_the_loop(command, tmp_path, monkeypatch, capsys):
     command = [*command[:1], "--oracle", *command[1:]]
     command += ["SELFTRAIN.REFINE_ITERS", "1", "SELFTRAIN.REFINE_LR_FACTOR", "0.5"]
+    # Images that are labeled, or of validation, lie among the unlabeled ones.
+    for part, number in (("labeled", 1), ("labeled", 2), ("validation", 1)):
+        copy = f"{part}_{number}.png"
+        shutil.copy(
+            tmp_path / part / "images" / f"{number:03d}.png", tmp_path / "unlabeled" / "images" / copy
+        )
     known, train = {}, pipeline.train
 
     def note_datasets(cfg, datasets, **options):
@@ -98,6 +105,8 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
         )
         assert (output / stages[name]["config"]).exists()
     assert stages["pseudo_labels"]["images"] == 6 and stages["pseudo_labels"]["skipped"] == 1
+    assert stages["pseudo_labels"]["left_out"] == {"labeled": 2, "of validation": 1}
+    assert "(1 unreadable, 2 left out as labeled, 1 left out as of validation)" in "\n".join(page)
     assert stages["pseudo_labels"]["boxes"] > 0
     assert len(summary["pseudo_label_quality"]) > 5
     for picture in ("contact_sheet.png", "precision_recall.png"):
@@ -176,6 +185,30 @@ def test_label_and_evaluate_as_commands_of_their_own(command, tmp_path, capsys):
     # detectron2 gives NaN where nothing was detected, which JSON has as null
     value = float("nan") if expected["bbox"]["AP50"] is None else expected["bbox"]["AP50"]
     assert f"AP50 {value:.2f}" in capsys.readouterr().out
+
+
+def test_images_of_archives_and_folders_together(command, tmp_path):
+    command.remove("--control")
+    for argument in ("--unlabeled-truth-json", "--val-json", "--val-images"):
+        del command[command.index(argument) : command.index(argument) + 2]
+    images = tmp_path / "unlabeled" / "images"
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:
+        for number in (1, 2):
+            archive.add(images / f"{number:03d}.png", f"{number:03d}.png")
+            (images / f"{number:03d}.png").unlink()
+    # The labeled images lie there as well.
+    place = command.index("--unlabeled-images")
+    command[place + 1 : place + 2] = [
+        str(tmp_path / name) for name in ("shard-0.tar", "unlabeled", "labeled")
+    ]
+    assert main(command) == 0
+    output = tmp_path / "output"
+    stage = json.loads((output / "summary.json").read_text())["stages"]["pseudo_labels"]
+    assert (stage["images"], stage["skipped"], stage["left_out"]) == (6, 1, {"labeled": 6})
+    names = {d["image_id"] for d in load_pseudo_labels(output / "pseudo_labels", 0.001)}
+    assert names == {f"shard-0.tar/00{n}.png" for n in (1, 2)} | {
+        f"unlabeled/images/00{n}.png" for n in (3, 4, 5)
+    }
 
 
 def test_killed_and_started_again(command, tmp_path):

@@ -222,7 +222,7 @@ def test_fitted_anchors_stay_with_their_weights(tiny, tmp_path, capsys):
 
 
 def test_all_stages_of_the_loop_have_them(tiny, tmp_path, monkeypatch):
-    seen = []
+    seen, unlabeled = [], make_coco_set(tmp_path / "unlabeled", 2, seed=7)
 
     def stop(cfg, *_, **__):
         seen.append(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
@@ -233,7 +233,7 @@ def test_all_stages_of_the_loop_have_them(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline._Loop, "__init__", lambda loop, *a: (made(loop, *a), loops.append(loop))[0])
     command = [
         "self-train", "--fit-anchors", "--config-file", CONFIG, "--labeled-json", tiny.json_file,
-        "--labeled-images", tiny.images, "--unlabeled-images", tiny.images, "--output", str(tmp_path / "output"),
+        "--labeled-images", tiny.images, "--unlabeled-images", unlabeled.images, "--output", str(tmp_path / "output"),
         *SMALL_MODEL,
     ]  # fmt: skip
     assert main(command) == 2

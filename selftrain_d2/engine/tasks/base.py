@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +13,8 @@ from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 
+from selftrain_d2.data.image_sources import ImageSource
+from selftrain_d2.data.unlabeled_images import UnlabeledImages, collect_images, without_known
 from selftrain_d2.engine.launch import DatasetSpec, results_by_set
 
 #: Names of the registered datasets.
@@ -28,8 +32,11 @@ class Task(ABC):
     oracle is trained on the withheld labels."""
 
     labeled_images: str
-    unlabeled_images: str
+    #: One or several places, see :func:`~selftrain_d2.data.unlabeled_images.collect_images`.
+    unlabeled_images: str | Sequence[str]
     validation_images: str | None = None
+    #: What paths in lists and COCO files of unlabeled images are relative to.
+    unlabeled_root: str | None = None
 
     #: In ``summary.json``.
     name: ClassVar[str]
@@ -58,9 +65,37 @@ class Task(ABC):
             InputError: naming the first fault.
         """
 
+    @property
+    def unlabeled_places(self) -> list[str]:
+        """``unlabeled_images`` as a list."""
+        places = self.unlabeled_images
+        return [places] if isinstance(places, str) else list(places)
+
+    @functools.cached_property
+    def collected(self) -> ImageSource:
+        """All images of the unlabeled places. Withheld labels name them relative to its root.
+
+        Raises:
+            InputError: see :func:`~selftrain_d2.data.unlabeled_images.collect_images`.
+        """
+        return collect_images(self.unlabeled_places, self.unlabeled_root)
+
+    @functools.cached_property
+    def unlabeled(self) -> UnlabeledImages:
+        """Those that neither are labeled nor belong to validation, which is told by their files.
+
+        Raises:
+            InputError: as for ``collected``; or none is left.
+        """
+        return without_known(self.collected, self.known_images())
+
+    @abstractmethod
+    def known_images(self) -> dict[str, list[str]]:
+        """Paths of the images that are "labeled" and "of validation"."""
+
     def image_folders(self) -> list[str]:
         """Those of which all images are used, so that nothing else may be written there."""
-        return [self.unlabeled_images]
+        return [place for place in self.unlabeled_places if os.path.isdir(place)]
 
     @abstractmethod
     def datasets(self) -> list[DatasetSpec]:

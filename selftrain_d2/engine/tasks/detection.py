@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from selftrain_d2.data.coco_datasets import reading_coco
-from selftrain_d2.data.coco_file import CocoFile
-from selftrain_d2.data.datasets import check_same_classes, list_images, read_human_coco
+from selftrain_d2.data.coco_file import CocoFile, read_coco_images
+from selftrain_d2.data.datasets import check_same_classes, read_human_coco
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.engine.config_values import is_segmentor
@@ -70,17 +70,27 @@ class Detection(Task):
         labeled = read_human_coco(self.labeled_json, self.labeled_images, masks=masks)
         labeled.check_objects()
         classes = labeled.class_names
-        list_images(self.unlabeled_images)
+        unlabeled_root = self.collected.image_root
         if (self.validation_json is None) != (self.validation_images is None):
             raise InputError("--val-json and --val-images belong together: give both or neither.")
         for json_file, images in (
             (self.validation_json, self.validation_images),
-            (self.unlabeled_truth_json, self.unlabeled_images),
+            (self.unlabeled_truth_json, unlabeled_root),
         ):
             if json_file is not None:
                 names = read_human_coco(json_file, images, masks=masks).class_names
                 check_same_classes(classes, names, json_file, self.labeled_json)
+        self.unlabeled  # noqa: B018  (compared with the others now, told now if none is left)
         return classes
+
+    def known_images(self) -> dict[str, list[str]]:
+        labels = {"labeled": (self.labeled_json, self.labeled_images)}
+        if self.validation_json is not None:
+            labels["of validation"] = (self.validation_json, self.validation_images)
+        return {
+            kind: [os.path.join(images, image["file_name"]) for image in read_coco_images(json_file)]
+            for kind, (json_file, images) in labels.items()
+        }
 
     def datasets(self) -> list[DatasetSpec]:
         datasets = [human_labels(LABELED, self.labeled_json, self.labeled_images)]
@@ -199,7 +209,7 @@ class Detection(Task):
             return None
         name = "selftrain_unlabeled_truth"
         with (
-            registered([human_labels(name, self.unlabeled_truth_json, self.unlabeled_images)]),
+            registered([human_labels(name, self.unlabeled_truth_json, self.collected.image_root)]),
             reading_coco([name], masks=masks),
         ):
             return DatasetCatalog.get(name)

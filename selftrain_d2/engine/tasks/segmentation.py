@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
-from selftrain_d2.data.datasets import list_images, load_image_folder
+from selftrain_d2.data.datasets import list_images, load_images
 from selftrain_d2.data.label_maps import VOID, read_label_map
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset
 from selftrain_d2.data.pseudo_labels.masks import read_mask
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
+from selftrain_d2.data.tar_archive import PREFIX as TAR_PREFIX
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
 from selftrain_d2.engine.tasks.base import (
@@ -70,13 +72,25 @@ class Segmentation(Task):
             raise InputError(
                 f"The masks in {self.labeled_masks} ignore every pixel ({VOID}): the teacher needs labeled pixels."
             )
-        list_images(self.unlabeled_images)
+        if self.has_truth and self.collected.image_root.startswith(TAR_PREFIX):
+            raise InputError(
+                f"{self.truth_argument} goes with folders, lists and COCO files of unlabeled images, not with archives."
+            )
         if (self.validation_masks is None) != (self.validation_images is None):
             raise InputError("--val-masks and --val-images belong together: give both or neither.")
         if self.validation_masks is not None:
             load_segmentation_folder(self.validation_images, self.validation_masks, classes)
         self._truth()
+        self.unlabeled  # noqa: B018  (compared with the others now, told now if none is left)
         return classes
+
+    def known_images(self) -> dict[str, list[str]]:
+        folders = {"labeled": self.labeled_images, "of validation": self.validation_images}
+        return {
+            kind: [os.path.join(folder, name) for name in list_images(folder)]
+            for kind, folder in folders.items()
+            if folder is not None
+        }
 
     def image_folders(self) -> list[str]:
         return [*super().image_folders(), self.labeled_images, *filter(None, [self.validation_images])]
@@ -149,10 +163,9 @@ class Segmentation(Task):
         """Mask files by image, checked; of the images that can be read."""
         if self.unlabeled_truth_masks is None:
             return None
-        readable = [d["image_id"] for d in load_image_folder(self.unlabeled_images)[0]]
-        truth = load_segmentation_folder(
-            self.unlabeled_images, self.unlabeled_truth_masks, self.classes, names=readable
-        )
+        root, names, _ = self.unlabeled
+        readable = [d["image_id"] for d in load_images(root, names)[0]]
+        truth = load_segmentation_folder(root, self.unlabeled_truth_masks, self.classes, names=readable)
         return {d["image_id"]: d["sem_seg_file_name"] for d in truth}
 
     @staticmethod
