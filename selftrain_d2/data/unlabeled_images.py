@@ -28,7 +28,7 @@ from selftrain_d2.errors import InputError
 logger = logging.getLogger(__name__)
 
 _THREADS = 8
-_CHUNK = 4096
+_CHUNK, _PART = 4096, 64  # paths held at a time, and looked at by one thread
 # From the middle of a file: uncompressed pictures of one size begin alike.
 _SAMPLE_BYTES = 4096
 _PROGRESS_AFTER_SECONDS = 5
@@ -209,10 +209,13 @@ def _with_states(paths: Iterable[str]) -> Iterator[tuple[str, tuple[Any, int] | 
     """Each path with what tells its file from others and its size in bytes; with None if it is no local file."""
     with ThreadPoolExecutor(_THREADS) as pool:
         rest = iter(paths)
-        while chunk := list(
-            itertools.islice(rest, _CHUNK)
-        ):  # a future for each path at once would fill the memory
-            yield from zip(chunk, pool.map(_state, chunk))
+        while chunk := list(itertools.islice(rest, _CHUNK)):
+            states = pool.map(_states, (chunk[i : i + _PART] for i in range(0, len(chunk), _PART)))
+            yield from zip(chunk, itertools.chain.from_iterable(states))
+
+
+def _states(paths: Sequence[str]) -> list[tuple[Any, int] | None]:
+    return list(map(_state, paths))
 
 
 def _state(path: str) -> tuple[Any, int] | None:
