@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from pathlib import Path
 
 import selftrain_d2  # noqa: F401  (registers every component)
@@ -227,7 +228,8 @@ def _take_labels(args: argparse.Namespace) -> None:
     for name, other in (("--labels", args.labeled_json), ("--val-labels", args.val_labels and args.val_json)):
         if other is not None:
             raise InputError(f"{name} takes COCO JSON as well: leave the other argument out.")
-    check_outside(args.output, args.unlabeled_images)  # before anything is written there
+    for place in filter(os.path.isdir, args.unlabeled_images):  # before anything is written there
+        check_outside(args.output, place)
     labeled, validation = labels_as_coco(
         Path(args.output, "labels"),
         args.labels,

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import make_coco_set, small_rcnn_config
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 
 from selftrain_d2 import (
+    InputError,
     SelfTrainingTrainer,
     generate_pseudo_labels,
     load_pseudo_labels,
@@ -18,6 +21,13 @@ from selftrain_d2 import (
 )
 from selftrain_d2.data.datasets import register_human_labels
 from selftrain_d2.data.loader import build_selftrain_train_loader
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
+from selftrain_d2.data.training_sets import get_human_dicts
+from selftrain_d2.data.unlabeled import UnlabeledImageMapper
+from selftrain_d2.engine.checks import check_training
+from selftrain_d2.engine.moving_teacher import step_selection
+from selftrain_d2.engine.teacher_check import TeacherCheck
 
 NAMES = [f"{i:03d}.png" for i in range(1, 7)]
 
@@ -35,7 +45,7 @@ def images(tmp_path, coco_set):
     return unlabeled.images
 
 
-def _student(cfg, tmp_path, **keys):
+def _student(cfg, tmp_path, classes=("red", "green"), **keys):
     """A student of a teacher with random weights, whose scores are spread."""
     cfg.DATASETS.TRAIN, cfg.DATASETS.PSEUDO_TRAIN, cfg.DATASETS.TEST = ("human",), ("plain",), ()
     cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 2
@@ -56,9 +66,7 @@ def _student(cfg, tmp_path, **keys):
             else:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     cfg.MODEL.WEIGHTS = str(tmp_path / "teacher.pth")
-    torch.save(
-        {"model": model.state_dict(), "classes": {"thing_classes": ["red", "green"]}}, cfg.MODEL.WEIGHTS
-    )
+    torch.save({"model": model.state_dict(), "classes": {"thing_classes": list(classes)}}, cfg.MODEL.WEIGHTS)
     return cfg
 
 
@@ -158,3 +166,127 @@ def test_a_resumed_run_is_one_that_was_not_stopped(images, small_config, tmp_pat
     assert any("teacher_agreement" in row for row in rows)
     state = expected[0]["trainer"]["hooks"]["MovingTeacher"]["counts"]
     assert state["boxes"].sum() > 0 and 7 < state["images"] < 8  # 2 a step, the earlier ones a little less
+
+
+def test_a_teacher_that_becomes_worse_gives_way_to_its_last_good_weights(
+    images, small_config, tmp_path, caplog
+):
+    cfg = _student(small_config, tmp_path, SELFTRAIN__SCORE_THRESH=0.02, SELFTRAIN__TEACHER_CHECK_PERIOD=1)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 6, 100
+    trainer = SelfTrainingTrainer(cfg)
+    trainer.resume_or_load(False)
+    teacher, seen = trainer.moving_teacher, []
+    values = iter([0.5, 0.45, 0.39, 0.0, 0.39])  # under 0.8 * 0.5 from the third on
+
+    def agreement(*_):
+        seen.append([value.clone() for value in teacher.model.parameters()])
+        return next(values)
+
+    teacher.check.agreement = agreement
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert teacher.stopped and len(seen) == 5  # the sixth step asks no more
+    assert "agreement with people 0.39, 0.50 at its best" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(teacher.model.parameters(), seen[1]))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[1], seen[4]))
+    assert teacher.state_dict()["stopped"] is True
+
+
+def test_what_is_judged_is_f1_against_people(coco_set, tmp_path, small_config):
+    register_human_labels("human", coco_set.json_file, coco_set.images)
+    register_image_folder("plain", coco_set.images)
+    cfg = _student(small_config, tmp_path)
+    mapper = UnlabeledImageMapper(cfg, is_train=True)
+    with_truth = get_human_dicts(cfg)
+    check = TeacherCheck(with_truth, mapper)
+    assert [d["image_id"] for d in check.dicts] == list(range(1, 9))
+    boxes = [
+        [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in d["annotations"]]
+        for d in check.dicts
+    ]
+
+    class Finds:
+        masks = False
+
+        def __init__(self, score):
+            self.score = score
+
+        def __call__(self, samples, most):
+            assert all(sample["plain_image"].shape == (3, 96, 96) for sample in samples)
+            return [
+                make_row(
+                    *("", 96, 96, found, [self.score] * len(found)),
+                    [a["category_id"] for a in d["annotations"][: len(found)]],
+                )
+                for found, d in zip([*boxes[:-1], []], check.dicts)  # all but those of the last image
+            ]
+
+    total, last = sum(map(len, boxes)), len(boxes[-1])
+    selection = step_selection(cfg)
+    found = total - last
+    assert check.agreement(Finds(0.9), selection, 8) == pytest.approx(2 * found / (found + total))
+    assert check.agreement(Finds(0.4), selection, 8) == 0.0  # under SCORE_THRESH nothing is learned
+
+
+def test_accumulation_and_bfloat16(images, small_config, tmp_path):
+    cfg = _student(small_config, tmp_path, SELFTRAIN__SCORE_THRESH=0.012)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.ACCUMULATION_STEPS = 2, 2
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, "bfloat16"
+    trainer = _train(cfg)
+    assert trainer.moving_teacher.batch_size == 1
+    assert trainer.model.label_counts["boxes"]["pseudo"].images == 2
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_pixels_of_a_step_are_those_of_the_same_masks_on_disk(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        for folder, shape, most in (("images", (64, 96, 3), 255), ("masks", (64, 96), 3)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / folder / name), rng.integers(0, most, shape, dtype=np.uint8))
+    images = str(tmp_path / "images")
+    register_segmentation_folder("human", images, str(tmp_path / "masks"), ["a", "b", "c"])
+    register_image_folder("plain", images)
+    cfg = _student(
+        small_rcnn_config("SelfTrainingSemanticSegmentor"), tmp_path, "abc", INPUT__AUGMENTATION__POLICY="S4"
+    )
+    cfg.SELFTRAIN.SCORE_THRESH = 0.4
+    trainer = SelfTrainingTrainer(cfg)
+    trainer.resume_or_load(False)
+    trainer.moving_teacher.before_train()
+    steps = [trainer.moving_teacher.label(b) for b, _ in zip(build_selftrain_train_loader(cfg), range(3))]
+
+    generate_pseudo_labels(
+        cfg, images, NAMES, tmp_path / "labels", score_floor=0.1, thing_classes=["a", "b", "c"]
+    )
+    register_pseudo_labels("labels", tmp_path / "labels", 0.4)
+    cfg.SELFTRAIN.TEACHER, cfg.DATASETS.PSEUDO_TRAIN = "labels", ("labels",)
+    shares = []
+    for step, expected in zip(steps, build_selftrain_train_loader(cfg)):
+        for one, two in zip(step, expected):
+            assert one.keys() == two.keys() and torch.equal(one["image"], two["image"])
+            assert (one["sem_seg"] != two["sem_seg"]).float().mean() < 1e-3
+            if one["label_source"] == "pseudo":
+                shares.append(one["valid_pixel_share"])
+    assert len(shares) == 6 and 0 < np.mean(shares) < 1
+    agreement = trainer.moving_teacher.check.agreement(
+        trainer.moving_teacher.teacher, trainer.moving_teacher.selection, 2
+    )
+    assert 0 < agreement < 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "fragment"),
+    [
+        ({"MODEL__WEIGHTS": ""}, "begins as a trained teacher"),
+        ({"SELFTRAIN__BOXES_PER_IMAGE": 1.0}, "SELFTRAIN.THRESHOLDS to counts"),
+        ({"DATALOADER__PSEUDO_SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}, "set it to TrainingSampler"),
+    ],
+)
+def test_what_does_not_go_with_it(images, small_config, tmp_path, keys, fragment):
+    cfg = _student(small_config, tmp_path)
+    for key, value in keys.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    for refuse in (SelfTrainingTrainer, check_training):
+        with pytest.raises(InputError, match=fragment):
+            refuse(cfg)

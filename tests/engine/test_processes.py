@@ -251,3 +251,27 @@ def test_one_gpu_for_several_processes_is_refused_before_training(arguments, tmp
 def test_several_machines_need_an_address():
     with pytest.raises(InputError, match="--dist-url"):
         run_in_processes(print, Processes(num_machines=2), ())
+
+
+def test_a_teacher_that_keeps_learning_is_the_same_in_two_processes(arguments, tmp_path, capfd):
+    def command(output, *options):
+        words = arguments(tmp_path / output, *options)
+        at = words.index("--pseudo-labels")
+        words[at : at + 3] = ["--unlabeled-images", "pseudo", str(tmp_path / "coco" / "images")]
+        return ["train", *words]
+
+    keys = ["SELFTRAIN.TEACHER", "moving_average", "MODEL.WEIGHTS", str(tmp_path / "teacher.pth")]
+    keys += ["SELFTRAIN.SCORE_THRESH", "0.011", "SELFTRAIN.TEACHER_CHECK_PERIOD", "2"]
+    assert main(["train", *arguments(tmp_path / "first"), "SOLVER.MAX_ITER", "1"]) == 0
+    (tmp_path / "first" / "model_final.pth").rename(tmp_path / "teacher.pth")
+    assert main(command("one", *keys)) == 0
+    assert main(command("two", "--num-gpus", "2", *keys)) == 0
+    _assert_same_training(tmp_path / "one", tmp_path / "two")
+    teachers = [
+        torch.load(tmp_path / name / "moving_teacher" / "model_final.pth", weights_only=True)["model"]
+        for name in ("one", "two")
+    ]
+    for name, value in teachers[0].items():
+        torch.testing.assert_close(value, teachers[1][name], rtol=1e-3, atol=1e-5, msg=name)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.json").read_text().splitlines()]
+    assert any("teacher_agreement" in row for row in rows)
