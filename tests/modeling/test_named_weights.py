@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from conftest import SMALL_MODEL, assert_refused
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
@@ -83,7 +83,8 @@ def test_paths_are_no_names():
 def test_the_loop_says_what_it_cannot_fetch(cache, coco_set, tmp_path, capsys):
     command = ["self-train", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml"]
     command += ["--labeled-json", coco_set.json_file, "--labeled-images", coco_set.images]
-    command += ["--unlabeled-images", coco_set.images, "--output", str(tmp_path / "run"), *SMALL_MODEL]
+    unlabeled = make_coco_set(tmp_path / "unlabeled", 2, seed=7).images
+    command += ["--unlabeled-images", unlabeled, "--output", str(tmp_path / "run"), *SMALL_MODEL]
     assert_refused(
         [*command, "MODEL.WEIGHTS", f"timm://{NAME}"], capsys, "cannot be fetched", f"timm://{NAME}"
     )

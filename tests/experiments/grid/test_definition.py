@@ -260,7 +260,7 @@ def test_shipped_grids_have_valid_commands(file):
             assert (
                 bool(cfg.DATASETS.PSEUDO_TRAIN)
                 == (cfg.SOLVER.PSEUDO_IMS_PER_BATCH > 0)
-                == bool(args.pseudo_labels)
+                == bool(args.pseudo_labels or args.unlabeled_images)
             )
 
 
