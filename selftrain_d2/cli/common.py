@@ -27,17 +27,22 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a YAML config: a path, or the name of one that is shipped (e.g. neon_trees/lite0_256.yaml)",
     )
-    parser.add_argument(
-        "--allow-unsafe",
-        action="store_true",
-        help="load config files with Python tags and checkpoints that are pickles. Both can run any code: "
-        "only for files that you trust",
-    )
+    add_allow_unsafe_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
         help="config keys to change, in pairs; after all other arguments",
+    )
+
+
+def add_allow_unsafe_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-unsafe``."""
+    parser.add_argument(
+        "--allow-unsafe",
+        action="store_true",
+        help="load config files with Python tags and checkpoints that are pickles. Both can run any code: "
+        "only for files that you trust",
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import selftrain_d2  # noqa: F401  (registers every component)
-from selftrain_d2.cli.common import setup_config
+from selftrain_d2.cli.common import add_allow_unsafe_argument, setup_config
 from selftrain_d2.deployment.export import FORMATS, export_model
 from selftrain_d2.deployment.run import run_config
 from selftrain_d2.engine.config_values import merge_options
@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="of the file")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--config-file", metavar="FILE", help="in place of RUN: a config, with MODEL.WEIGHTS")
-    parser.add_argument(
-        "--allow-unsafe", action="store_true", help="load files that can run code: only those that you trust"
-    )
+    add_allow_unsafe_argument(parser)
     # Not two arguments: argparse would give the words after RUN, --format among them, to the second.
     parser.add_argument(
         "run_and_opts",

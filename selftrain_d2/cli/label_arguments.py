@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from selftrain_d2.data.label_formats.detect import read_labels
+from selftrain_d2.data.label_formats.label_set import LabelSet
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import write_json, writing
 
@@ -88,7 +89,7 @@ def labels_as_coco(
     return paths, _written(validation, val_labels, Path(folder, "val.json"), "--val-images")
 
 
-def _written(found, path: str, file: Path, argument: str) -> LabelPaths:
+def _written(found: LabelSet, path: str, file: Path, argument: str) -> LabelPaths:
     if found.image_root is None:
         raise InputError(
             f"{path} is COCO JSON, which does not know the folder of its images: give {argument}."

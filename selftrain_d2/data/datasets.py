@@ -52,9 +52,9 @@ def load_images(
     Raises:
         InputError: none can be read.
     """
-    dicts, unreadable, folder = [], {}, image_root
+    dicts, unreadable = [], {}
     for name in names:
-        path = os.path.join(folder, name)
+        path = os.path.join(image_root, name)
         try:
             height, width = read_image_size(path)
         except OSError as error:
@@ -65,10 +65,10 @@ def load_images(
         first, reason = next(iter(unreadable.items()))
         if not dicts:
             raise InputError(
-                f"Image folder {folder} has no readable image: {len(unreadable)} cannot be read, e.g. {first}: "
+                f"Image folder {image_root} has no readable image: {len(unreadable)} cannot be read, e.g. {first}: "
                 f"{reason}."
             )
-        logger.warning(f"{folder}: skipped {len(unreadable)} unreadable images, e.g. {first}: {reason}")
+        logger.warning(f"{image_root}: skipped {len(unreadable)} unreadable images, e.g. {first}: {reason}")
     return dicts, unreadable
 
 

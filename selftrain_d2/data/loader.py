@@ -28,7 +28,7 @@ from selftrain_d2.data.training_sets import (
     labeled_in_the_step,
     shared,
 )
-from selftrain_d2.data.unlabeled import UnlabeledImageMapper
+from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -33,13 +33,13 @@ _OPSET = 17
 
 
 def export_model(
-    cfg: CfgNode, weight_format: str, output: str | os.PathLike, allow_unsafe: bool = False
+    cfg: CfgNode, file_format: str, output: str | os.PathLike, allow_unsafe: bool = False
 ) -> dict:
     """Write a model's file, after it was checked against the model.
 
     Args:
         cfg: of the model; MODEL.WEIGHTS are its weights.
-        weight_format: of FORMATS.
+        file_format: of FORMATS.
         output: the file; there whole and checked, or not at all.
 
     Returns:
@@ -49,7 +49,7 @@ def export_model(
         InputError: an unknown kind of model, weights that do not fit, a package that is missing, or a deviation above
             TOLERANCE.
     """
-    if weight_format == "onnx":
+    if file_format == "onnx":
         _require_onnx()
     cfg = cfg.clone()
     cfg.defrost()
@@ -64,10 +64,10 @@ def export_model(
         "image_size": cfg.INPUT.AUGMENTATION.IMAGE_SIZE,
         "score_threshold": getattr(function.model, "test_score_thresh", 0.0),
     }
-    return write_checked(function, weight_format, output, facts)
+    return write_checked(function, file_format, output, facts)
 
 
-def write_checked(function: nn.Module, weight_format: str, output: str | os.PathLike, facts: dict) -> dict:
+def write_checked(function: nn.Module, file_format: str, output: str | os.PathLike, facts: dict) -> dict:
     """Write a function to export, after a check; see :func:`export_model`.
 
     Args:
@@ -76,9 +76,9 @@ def write_checked(function: nn.Module, weight_format: str, output: str | os.Path
     """
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as temporary:
-        write = _write_onnx if weight_format == "onnx" else _write_torchscript
+        write = _write_onnx if file_format == "onnx" else _write_torchscript
         write(function, temporary, facts)
-        run = onnx_runner(temporary) if weight_format == "onnx" else _torchscript_runner(temporary)
+        run = onnx_runner(temporary) if file_format == "onnx" else _torchscript_runner(temporary)
         deviations = _check(function, run)
         for name, largest in deviations.items():
             allowed = TOLERANCE[name]

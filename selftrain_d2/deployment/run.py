@@ -9,13 +9,11 @@ from detectron2.config import CfgNode, get_cfg
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.errors import InputError
-
-#: Weights of a run below its folder, the averaged ones first.
-WEIGHTS = (os.path.join("weight_average", "model_final.pth"), "model_final.pth")
+from selftrain_d2.modeling.checkpoint import FINAL_WEIGHTS, WEIGHT_AVERAGE
 
 
 def run_config(folder: str | os.PathLike, allow_unsafe: bool = False) -> CfgNode:
-    """The config of a finished run, with its final weights as MODEL.WEIGHTS.
+    """The config of a finished run, with its final weights as MODEL.WEIGHTS: the averaged ones, if there are.
 
     Raises:
         InputError: there is no config.yaml or no final checkpoint.
@@ -23,9 +21,10 @@ def run_config(folder: str | os.PathLike, allow_unsafe: bool = False) -> CfgNode
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is no folder of a run: it has no config.yaml.")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    places = (folder / WEIGHT_AVERAGE, folder / FINAL_WEIGHTS)
+    weights = next((file for file in places if file.is_file()), None)
     if weights is None:
-        raise InputError(f"The run in {folder} has no model_final.pth: let its training end first.")
+        raise InputError(f"The run in {folder} has no {FINAL_WEIGHTS}: let its training end first.")
     cfg = get_cfg()
     add_selftrain_config(cfg)
     cfg.merge_from_file(str(folder / "config.yaml"), allow_unsafe=allow_unsafe)

@@ -17,11 +17,16 @@ from torch.utils.data import DataLoader
 
 from selftrain_d2.data.augmentation import AutoAugment
 from selftrain_d2.data.datasets import class_names
-from selftrain_d2.data.unlabeled import UnlabeledImageMapper
+from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
 from selftrain_d2.engine.teacher_check import PATIENCE, WORSE, TeacherCheck
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.step_labels import StepSelection, StepTeacher, set_score_floor
+from selftrain_d2.labeling.step_labels import (
+    StepSelection,
+    StepTeacher,
+    boxes_to_count,
+    set_score_floor,
+)
 from selftrain_d2.modeling.classes import is_segmentor
 
 logger = logging.getLogger(__name__)
@@ -90,7 +95,7 @@ class MovingTeacher(WeightAverage):
             labels: Sequence[Any] = [self.selection.classes(one) for one in found]
         else:
             if self.selection.counts is not None:
-                self.selection.seen(comm.all_gather(found))
+                self.selection.seen(comm.all_gather(boxes_to_count(found)))
             labels = self.selection.annotations(found)
         ignoring = self.selection.ignored_from is not None
         batch = list(batch)

@@ -41,16 +41,21 @@ from selftrain_d2.engine.launch import (
     unlabeled_images,
 )
 from selftrain_d2.engine.oracle import ORACLE, true_labels
+from selftrain_d2.engine.run_folder import MOVING_TEACHER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.stage_record import PLACE, STARTING_WEIGHTS, run_stage, stage_settings
 from selftrain_d2.engine.summary import write_summary
 from selftrain_d2.engine.tasks import Task
 from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
-from selftrain_d2.engine.trainer import MOVING_TEACHER, WEIGHT_AVERAGE
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
-from selftrain_d2.modeling.checkpoint import file_sha256, require_same_backbone
+from selftrain_d2.modeling.checkpoint import (
+    FINAL_WEIGHTS,
+    WEIGHT_AVERAGE,
+    file_sha256,
+    require_same_backbone,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -490,7 +495,7 @@ class _Loop:
 
 def _final_weights(cfg: CfgNode) -> str:
     """What a training run leaves to label with, below its OUTPUT_DIR."""
-    return WEIGHT_AVERAGE if cfg.SELFTRAIN.WEIGHT_EMA_DECAY else "model_final.pth"
+    return WEIGHT_AVERAGE if cfg.SELFTRAIN.WEIGHT_EMA_DECAY else FINAL_WEIGHTS
 
 
 def _label(cfg: CfgNode, images: str, names: list[str], folder: str, score_floor: float) -> None:

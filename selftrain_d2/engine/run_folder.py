@@ -14,15 +14,13 @@ from detectron2.utils import comm
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import remove_unfinished, writing
-from selftrain_d2.modeling.checkpoint import checkpoints_in
+from selftrain_d2.modeling.checkpoint import FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
 
 #: File in OUTPUT_DIR with the evaluation at the end of training; written last. ``{task: {metric: value}}``, and with
 #: several names in DATASETS.TEST ``{dataset: {task: {metric: value}}}``.
 RESULTS = "results.json"
-#: What the averaged weights are in, below OUTPUT_DIR.
-WEIGHT_AVERAGE_FOLDER = "weight_average"
-#: Likewise those that labeled in the steps of training.
-MOVING_TEACHER_FOLDER = "moving_teacher"
+#: Below OUTPUT_DIR: the weights that labeled at the end of training, where SELFTRAIN.TEACHER is "moving_average".
+MOVING_TEACHER = os.path.join("moving_teacher", FINAL_WEIGHTS)
 
 
 @contextlib.contextmanager
@@ -46,7 +44,7 @@ def held(folder: str | os.PathLike, check: Callable[[], None] | None = None) -> 
         try:
             if check is not None:
                 check()
-            for part in (folder, folder / WEIGHT_AVERAGE_FOLDER, folder / MOVING_TEACHER_FOLDER):
+            for part in (folder, *((folder / file).parent for file in (WEIGHT_AVERAGE, MOVING_TEACHER))):
                 remove_unfinished(part)
         except BaseException:
             lock.close()

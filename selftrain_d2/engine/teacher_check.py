@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from selftrain_d2.data.label_maps import VOID, read_label_map
-from selftrain_d2.data.unlabeled import UnlabeledImageMapper
+from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
 from selftrain_d2.inspection.box_quality import match_boxes
 from selftrain_d2.labeling.step_labels import StepSelection, StepTeacher
 

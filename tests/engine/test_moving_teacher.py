@@ -24,7 +24,7 @@ from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.data.training_sets import get_human_dicts
-from selftrain_d2.data.unlabeled import UnlabeledImageMapper
+from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
 from selftrain_d2.engine.checks import check_training
 from selftrain_d2.engine.moving_teacher import step_selection
 from selftrain_d2.engine.teacher_check import TeacherCheck

@@ -52,7 +52,8 @@ def write_labels(
     destination = Path(destination)
     counts: Counter = Counter(images=len(labels.file.content["images"]))
     if to == "coco":
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        with writing(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
         write_json(destination, labels.file.content)
         counts["boxes"] = len(labels.file.annotations)
         return counts

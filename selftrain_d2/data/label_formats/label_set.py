@@ -27,6 +27,7 @@ class LabelSet:
         file: the COCO dictionary; file names are relative to ``image_root``.
         image_root: folder of the images; None where the format does not know it.
         has_validation: whether the same path also has a split "val".
+        is_coco: whether it was read from COCO JSON, so that the path can be used as it is.
     """
 
     file: CocoFile

@@ -73,12 +73,14 @@ def read_predictions(
 
 
 def is_results(path: str | os.PathLike) -> bool:
-    """Whether a path is a JSON file of COCO results."""
-    return (
-        os.fspath(path).lower().endswith(".json")
-        and os.path.isfile(path)
-        and isinstance(read_json(path), list)
-    )
+    """Whether a path is a JSON file of COCO results, which is a list where COCO's labels are an object."""
+    if not (os.fspath(path).lower().endswith(".json") and os.path.isfile(path)):
+        return False
+    with open(path, "rb") as file:  # not parsed: that is done once, by whoever reads it
+        while chunk := file.read(4096):
+            if text := chunk.lstrip():
+                return text.startswith(b"[")
+    return False
 
 
 def _box(result: dict[str, Any], where: str) -> list[float]:

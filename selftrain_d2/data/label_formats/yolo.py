@@ -99,13 +99,18 @@ def is_labels(folder: Path) -> bool:
 
 def _images_beside(texts: Path) -> Path:
     """``images/a`` of ``labels/a``; else the folder itself."""
-    parts = list(texts.absolute().parts)
-    for at in range(len(parts) - 1, 0, -1):
-        if parts[at] == "labels":
-            parts[at] = "images"
-            break
-    beside = Path(*parts)
+    beside = _beside(texts, "labels", "images")
     return beside if beside.is_dir() else texts
+
+
+def _beside(folder: Path, own: str, other: str) -> Path:
+    """The path of a folder, absolute, with ``other`` in place of the last ``own`` in it, if there is one."""
+    parts = list(folder.absolute().parts)
+    for at in range(len(parts) - 1, 0, -1):
+        if parts[at] == own:
+            parts[at] = other
+            break
+    return Path(*parts)
 
 
 def _names(file: Path, content: dict[str, Any]) -> list[str]:
@@ -202,12 +207,7 @@ def _listed(file: Path) -> list[Path]:
 
 
 def _text_of(image: Path) -> Path:
-    parts = list(image.absolute().parts)
-    for at in range(len(parts) - 2, 0, -1):
-        if parts[at] == "images":
-            parts[at] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    return (_beside(image.parent, "images", "labels") / image.name).with_suffix(".txt")
 
 
 def _objects(file: Path, size: tuple[int, int], names: Sequence[str]) -> list[dict[str, Any]]:
