@@ -158,6 +158,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.BOXES_PER_IMAGE = 0.0
     # Of the pseudo boxes of an image that reach their threshold, only the best so many. 0: all.
     cfg.SELFTRAIN.TOP_K = 0
+    # True: the losses of anchors or locations that a pseudo box is matched with are times its score. False: as in
+    # the paper.
+    cfg.SELFTRAIN.SCORE_WEIGHTED = False
     # Pseudo boxes of at least this score that are not trained on are neither objects nor background. 0: off, they are
     # background, as in the paper.
     cfg.SELFTRAIN.IGNORE_SCORE_THRESH = 0.0

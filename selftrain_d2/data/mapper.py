@@ -32,24 +32,34 @@ class SelfTrainingDatasetMapper(DatasetMapper):
     ``gt_classes`` (N,), and ``gt_masks`` and ``gt_keypoints`` where the config asks for them; ``sem_seg``
     (H, W) where the dict names a file, and ``valid_pixel_share``, the share of its pixels that are not ignored.
     Crowd annotations are left out of the instances; where they are to be ignored (``ignore_crowd``, of the mapper or
-    the dict) their boxes are ``ignored_boxes``, ``Boxes`` (M, 4) XYXY in pixels. Images without any box stay.
+    the dict) their boxes are ``ignored_boxes``, ``Boxes`` (M, 4) XYXY in pixels. Images without any box stay. With
+    ``score_weighted`` boxes of pseudo labels have ``gt_weights`` (N,) in [0, 1].
 
     Other than detectron2's mapper it hands boxes to the augmentations, which the operations inside boxes
     need, and moves all boxes of an image at once.
     """
 
     @configurable
-    def __init__(self, *args: Any, ignore_value: int = 255, ignore_crowd: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        ignore_value: int = 255,
+        ignore_crowd: bool = False,
+        score_weighted: bool = False,
+        **kwargs: Any,
+    ):
         """
         Args:
             args, kwargs: of ``DatasetMapper``.
             ignore_value: label of pixels without loss.
             ignore_crowd: whether crowd annotations are neither objects nor background, not only those of dicts that
                 say so themselves.
+            score_weighted: whether boxes of pseudo-labeled images weigh their ``score`` (1 where there is none).
         """
         super().__init__(*args, **kwargs)
         self.ignore_value = ignore_value
         self.ignore_crowd = ignore_crowd
+        self.score_weighted = score_weighted
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -69,6 +79,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         arguments["augmentations"] = build_augmentations(cfg, is_train)
         arguments["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         arguments["ignore_crowd"] = cfg.SELFTRAIN.IGNORE_CROWD
+        arguments["score_weighted"] = cfg.SELFTRAIN.SCORE_WEIGHTED
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +146,9 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
         classes = [annotation["category_id"] for annotation in objects]
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+        if self.score_weighted and sample["label_source"] == "pseudo":
+            weights = [annotation.get("score", 1.0) for annotation in objects]
+            instances.gt_weights = torch.tensor(weights, dtype=torch.float32)
         if self.use_instance_mask:
             instances.gt_masks = self._masks(objects, transforms, image_size, sample)
         if self.use_keypoint:

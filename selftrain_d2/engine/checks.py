@@ -16,6 +16,7 @@ from selftrain_d2.engine.config_checks import (
     check_accumulation_steps,
     check_number_of_classes,
     check_reference_world_size,
+    check_score_weights,
     check_test_sets,
 )
 from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
@@ -62,6 +63,7 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
         step_selection(cfg)
     model = build_without_memory(cfg)
     check_keeps_losses_apart(model)
+    check_score_weights(cfg, model)
     if not set(cfg.DATASETS.CLASSIFICATION_TRAIN) & set(unread) and (classes := classification_classes(cfg)):
         add_classification_head(model, len(classes), cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT)
     SelfTrainingTrainer.build_lr_scheduler(cfg, SelfTrainingTrainer.build_optimizer(cfg, model))

@@ -8,12 +8,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
+from torch import nn
 
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.training_sets import check_registered
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.classes import number_of_classes
+from selftrain_d2.modeling.meta_arch.box_weights import check_weighs_boxes
 
 
 def amp_precision(cfg: CfgNode) -> torch.dtype:
@@ -72,6 +74,12 @@ def check_reference_world_size(cfg: CfgNode, processes: int | None = None) -> No
             "SOLVER.IMS_PER_BATCH and the schedule, but neither the pseudo-labeled images nor what SELFTRAIN.* counts "
             f"in steps; set it to 0, and these keys to their values for {processes}."
         )
+
+
+def check_score_weights(cfg: CfgNode, model: nn.Module) -> None:
+    """Raise InputError if SELFTRAIN.SCORE_WEIGHTED asks a student's model for what it cannot do."""
+    if cfg.SELFTRAIN.SCORE_WEIGHTED and cfg.DATASETS.PSEUDO_TRAIN:
+        check_weighs_boxes(model)
 
 
 def check_test_sets(cfg: CfgNode) -> None:

@@ -32,6 +32,7 @@ from selftrain_d2.engine.config_checks import (
     check_accumulation_steps,
     check_number_of_classes,
     check_reference_world_size,
+    check_score_weights,
     check_test_sets,
 )
 from selftrain_d2.engine.config_values import one_line
@@ -85,6 +86,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         check_reference_world_size(cfg)
         cfg = with_stage(cfg)
         model = self.build_model(cfg)
+        check_score_weights(cfg, model)
         classes = classification_classes(cfg)
         if classes:  # here, not in build_model: only training needs the head
             add_classification_head(model, len(classes), cfg.SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT)

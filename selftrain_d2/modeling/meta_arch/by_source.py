@@ -13,6 +13,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, Semantic
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from selftrain_d2.modeling.meta_arch.box_weights import check_weighs_boxes
 from selftrain_d2.modeling.meta_arch.classification import (
     CLASSIFICATION,
     ClassificationHead,
@@ -77,8 +78,11 @@ class LossesBySource:
             boxes where samples have ``instances``, pixels where they have ``sem_seg``, ignored boxes where they
             have ``ignored_boxes``.
         ignore_rule: when an ignored box covers another; by the config's SELFTRAIN.IGNORE_OVERLAP*.
+        weighs_boxes: whether losses follow ``gt_weights`` of the instances; others refuse such samples.
         classification_head: None without joint training; see :func:`~.classification.add_classification_head`.
     """
+
+    weighs_boxes = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -173,6 +177,8 @@ class LossesBySource:
         for sample in batched_inputs:
             source = sample.get("label_source", "human")
             if "instances" in sample:
+                if sample["instances"].has("gt_weights"):
+                    check_weighs_boxes(self)
                 self.label_counts["boxes"][source].add(len(sample["instances"]))
             if "sem_seg" in sample:
                 self.label_counts["pixels"][source].add(self._valid_pixel_share(sample))

@@ -10,8 +10,11 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_point_box_distance
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from fvcore.nn import giou_loss, sigmoid_focal_loss
 from torch import Tensor
+from torch.nn import functional as F
 
+from selftrain_d2.modeling.meta_arch.box_weights import have_weights, matched_weights
 from selftrain_d2.modeling.meta_arch.by_source import (
     LABEL_SOURCES,
     LossesBySource,
@@ -39,11 +42,19 @@ class DenseLossesBySource(LossesBySource):
     Background anchors that an image's ``ignored_boxes`` cover are labeled -1, which the detector's ``losses`` must
     leave out of the class loss, as RetinaNet's does. Positive anchors stay, so no normalizer changes.
 
+    Where instances have ``gt_weights``, all losses of a positive anchor are times the weight of its box; background has
+    the weight 1. Weights are not normalized: the number of positive anchors, by which losses are divided, stays as it
+    is. For that a class has :meth:`losses_of_positives` and ``class_loss_name``.
+
     Attributes:
+        class_loss_name: of the class loss, in what the detector's ``losses`` returns.
         normalize_by_batch: 1 + the number of the step, in place of the moving average.
         positive_anchor_averages: of each source seen so far, the decayed sum of its numbers of positive anchors, and of
             their weights; the average is the first over the second.
     """
+
+    weighs_boxes = True
+    class_loss_name = "loss_cls"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -56,6 +67,8 @@ class DenseLossesBySource(LossesBySource):
         self._source = ""
         #: of each image of the current batch; None where there are none
         self._ignored: list[Boxes] | None = None
+        #: (N, R), of the images of the current source; None where all anchors count fully
+        self._anchor_weights: Tensor | None = None
 
     def losses_by_source(self, batched_inputs: list[dict]) -> dict[str, dict[str, Tensor]]:
         """As in ``LossesBySource``, of one pass of ``DenseDetector.forward``: `forward_training` splits it."""
@@ -96,14 +109,72 @@ class DenseLossesBySource(LossesBySource):
             for image, labels_of_image in zip(self._sources[self._source], labels):
                 covered = self.covered(every_anchor, self._ignored[image])
                 labels_of_image[covered & (labels_of_image == self.num_classes)] = -1
+        self._anchor_weights = self._weights(gt_instances, labels, boxes)
         return labels, boxes
+
+    def _weights(
+        self, gt_instances: list[Instances], labels: list[Tensor], boxes: list[Tensor]
+    ) -> Tensor | None:
+        if not have_weights(gt_instances):
+            return None
+        weights = torch.ones(len(labels), len(labels[0]), device=labels[0].device)
+        for image, instances in enumerate(gt_instances):
+            positive = self._is_positive(labels[image])
+            weights[image, positive] = matched_weights(
+                boxes[image][positive], labels[image][positive], instances
+            )
+        return weights
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        *more: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """As the detector's; with weights of boxes, what it calculates, summed by them."""
+        weights = self._anchor_weights
+        if weights is None:
+            return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, *more)
+        labels = torch.stack(gt_labels)
+        valid, positive = labels >= 0, self._is_positive(labels)
+        get_event_storage().put_scalar("num_pos_anchors", positive.sum().item() / len(labels))
+        normalizer = self._ema_update("", 0.0, 0.0)  # which knows their number
+        logits = torch.cat(pred_logits, dim=1)[valid]
+        targets = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1].to(logits.dtype)
+        of_classes = sigmoid_focal_loss(logits, targets, self.focal_loss_alpha, self.focal_loss_gamma)
+        of_positives = self.losses_of_positives(
+            Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[positive],
+            torch.cat(pred_anchor_deltas, dim=1)[positive],
+            torch.stack(gt_boxes)[positive],
+            *(torch.cat(prediction, dim=1)[positive] for prediction in more),
+        )
+        return {
+            self.class_loss_name: (weights[valid] * of_classes.sum(dim=1)).sum() / normalizer,
+            **{name: (weights[positive] * loss).sum() / normalizer for name, loss in of_positives.items()},
+        }
+
+    def losses_of_positives(
+        self, anchors: Tensor, deltas: Tensor, boxes: Tensor, *more: Tensor
+    ) -> dict[str, Tensor]:
+        """The detector's losses, but that of the class, of P positive anchors, each (P,).
+
+        Args:
+            anchors, boxes: (P, 4) XYXY, pixels. deltas: (P, 4), predicted. more: (P, ...), further predictions.
+        """
+        raise NotImplementedError
 
     def covered(self, anchors: Boxes, ignored: Boxes) -> Tensor:
         """(R,) bool: which of R anchors at least one of an image's ignored boxes covers."""
         return self.ignore_rule.covered(anchors, ignored)
 
+    def _is_positive(self, labels: Tensor) -> Tensor:
+        return (labels >= 0) & (labels != self.num_classes)
+
     def _count_positive(self, labels: list[Tensor]) -> Tensor:
-        return sum(((x >= 0) & (x != self.num_classes)).sum() for x in labels)
+        return sum(self._is_positive(x).sum() for x in labels)
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         """What the detector divides its losses by. It calls this once a pass, with this process's count."""
@@ -180,6 +251,8 @@ class SelfTrainingFCOS(DenseLossesBySource, FCOS):
     and the side of an "anchor", its level's stride, says nothing of the size of what is found there.
     """
 
+    class_loss_name = "loss_fcos_cls"
+
     def covered(self, anchors: Boxes, ignored: Boxes) -> Tensor:
         distances = pairwise_point_box_distance(
             anchors.get_centers(), ignored
@@ -201,3 +274,15 @@ class SelfTrainingFCOS(DenseLossesBySource, FCOS):
             pred_logits = [x.masked_fill(part, -1e4) for x, part in zip(pred_logits, of_levels)]
             gt_labels = [labels.masked_fill(labels < 0, self.num_classes) for labels in gt_labels]
         return super().losses(anchors, pred_logits, gt_labels, *predictions_and_boxes)
+
+    def losses_of_positives(
+        self, anchors: Tensor, deltas: Tensor, boxes: Tensor, *more: Tensor
+    ) -> dict[str, Tensor]:
+        """As in ``DenseLossesBySource``; ``more`` is the centerness (P, 1)."""
+        targets = self.compute_ctrness_targets([Boxes(anchors)], [boxes])[0]
+        return {
+            "loss_fcos_loc": giou_loss(self.box2box_transform.apply_deltas(deltas, anchors), boxes),
+            "loss_fcos_ctr": F.binary_cross_entropy_with_logits(
+                more[0].squeeze(1), targets, reduction="none"
+            ),
+        }

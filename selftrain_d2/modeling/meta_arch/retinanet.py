@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
+from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from selftrain_d2.errors import InputError
@@ -17,6 +19,9 @@ from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule
 from selftrain_d2.modeling.meta_arch.retinanet_head import set_head_norms
 from selftrain_d2.modeling.soft_nms import soft_nms
+
+#: MODEL.RETINANET.BBOX_REG_LOSS_TYPE, but smooth_l1 -> losses (P,) of predicted and true boxes.
+IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
 @META_ARCH_REGISTRY.register()
@@ -91,6 +96,16 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
             losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         losses["loss_box_reg"] = losses["loss_box_reg"] * self.box_reg_loss_weight
         return losses
+
+    def losses_of_positives(
+        self, anchors: Tensor, deltas: Tensor, boxes: Tensor, *more: Tensor
+    ) -> dict[str, Tensor]:
+        """As in ``DenseLossesBySource``."""
+        if self.box_reg_loss_type == "smooth_l1":
+            targets = self.box2box_transform.get_deltas(anchors, boxes)
+            return {"loss_box_reg": smooth_l1_loss(deltas, targets, self.smooth_l1_beta).sum(dim=1)}
+        predicted = self.box2box_transform.apply_deltas(deltas, anchors)
+        return {"loss_box_reg": IOU_LOSSES[self.box_reg_loss_type](predicted, boxes)}
 
     def inference_single_image(
         self,

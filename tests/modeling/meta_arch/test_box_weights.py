@@ -1,0 +1,178 @@
+"""Losses of boxes that weigh less: by hand with numpy, and against detectron2's own."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_rcnn_config
+from detectron2.config import instantiate
+from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import _dense_box_regression_loss
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from test_dense import _batch, _fcos, _retinanet
+
+from selftrain_d2.engine.config_checks import check_score_weights
+from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.meta_arch import SelfTrainingFCOS, SelfTrainingRetinaNet
+from selftrain_d2.modeling.meta_arch.box_weights import matched_weights
+
+
+def _model(kind):
+    torch.manual_seed(0)
+    lazy = _fcos(SelfTrainingFCOS) if kind == "fcos" else _retinanet(SelfTrainingRetinaNet)
+    return instantiate(lazy).train()
+
+
+def _weighted(batch, *weights):
+    """A copy whose image 2, a pseudo-labeled one of two boxes, has these weights."""
+    copied = [{**x, "instances": x["instances"][:]} for x in batch]
+    copied[2]["instances"].gt_weights = torch.tensor(weights)
+    return copied
+
+
+def _losses(model, batch):
+    """The losses by name, and all gradients, of a step of its own."""
+    model.positive_anchor_averages = {}
+    model.zero_grad()
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return {name: loss.item() for name, loss in losses.items()}, gradients
+
+
+def _iou(box, anchors):
+    low, high = np.maximum(box[:2], anchors[:, :2]), np.minimum(box[2:], anchors[:, 2:])
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    return common / ((box[2:] - box[:2]).prod() + (anchors[:, 2:] - anchors[:, :2]).prod(axis=1) - common)
+
+
+def test_losses_of_two_boxes_by_hand():
+    """Matching, focal loss and L1 loss of RetinaNet in numpy, anchor by anchor."""
+    model = _model("retinanet")
+    model.normalize_by_batch = True
+    image = torch.randint(0, 255, (3, 96, 96), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    boxes, classes, weights = np.array([[8.0, 8, 40, 48], [50, 30, 90, 80]]), [1, 0], [0.3, 0.8]
+    instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+    instances.gt_classes, instances.gt_weights = torch.tensor(classes), torch.tensor(weights)
+    found, _ = _losses(model, [{"image": image, "instances": instances, "label_source": "pseudo"}])
+
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+        features = [features[name] for name in model.head_in_features]
+        logits, deltas = model._transpose_dense_predictions(model.head(features), [2, 4])
+        anchors = np.concatenate([a.tensor.numpy() for a in model.anchor_generator(features)])
+    logits, deltas = (torch.cat(x, dim=1)[0].double().numpy() for x in (logits, deltas))
+    iou = np.stack([_iou(box, anchors) for box in boxes])
+    of_class, of_box, positives = 0.0, 0.0, 0
+    for i, anchor in enumerate(anchors):
+        best = int(iou[:, i].argmax())
+        forced = any(iou[k, i] == iou[k].max() for k in range(2))
+        if 0.4 <= iou[best, i] < 0.5 and not forced:
+            continue
+        positive = iou[best, i] >= 0.5 or forced
+        weight = weights[best] if positive else 1.0
+        for k in range(2):
+            p = 1 / (1 + np.exp(-logits[i, k]))
+            hit = positive and classes[best] == k
+            of_class += weight * (-0.25 * (1 - p) ** 2 * np.log(p) if hit else -0.75 * p**2 * np.log1p(-p))
+        if positive:
+            positives += 1
+            size, wanted = anchor[2:] - anchor[:2], boxes[best][2:] - boxes[best][:2]
+            centers = (boxes[best][:2] + wanted / 2) - (anchor[:2] + size / 2)
+            target = np.concatenate([centers / size, np.log(wanted / size)])
+            of_box += weight * np.abs(deltas[i] - target).sum()
+    assert positives > 4
+    normalizer = positives + 1
+    assert found["loss_cls_pseudo"] == pytest.approx(of_class / normalizer, rel=1e-4)
+    assert found["loss_box_reg_pseudo"] == pytest.approx(of_box / normalizer, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fcos", "smooth_l1", "giou"])
+def test_losses_are_linear_in_the_weight_of_a_box(kind):
+    """From the box left to no loss at all up to detectron2's own losses; human images are as ever."""
+    model = _model(kind)
+    if kind != "fcos":
+        model.box_reg_loss_type, model.smooth_l1_beta, model.box_reg_loss_weight = kind, 0.1, 2.0
+    batch = _batch()
+    full, full_gradients = _losses(model, batch)
+    ones, _ = _losses(model, _weighted(batch, 1.0, 1.0))
+    assert ones == pytest.approx(full, rel=1e-4)
+    none, none_gradients = _losses(model, _weighted(batch, 0.0, 1.0))
+    quarter, quarter_gradients = _losses(model, _weighted(batch, 0.25, 1.0))
+    for name, loss in full.items():
+        if name.endswith("human"):
+            assert none[name] == quarter[name] == loss
+        else:
+            assert none[name] < loss
+            assert quarter[name] == pytest.approx(none[name] + 0.25 * (loss - none[name]), rel=1e-4)
+    for a, zero, whole in zip(quarter_gradients, none_gradients, full_gradients):
+        torch.testing.assert_close(a, zero + 0.25 * (whole - zero), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "giou", "diou", "ciou"])
+def test_box_losses_of_single_anchors_are_detectron2s(kind):
+    model = _model("retinanet")
+    model.box_reg_loss_type, model.smooth_l1_beta = kind, 0.1
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 7, 2, generator=generator) * 50
+    anchors, boxes = torch.cat([corners, corners + 20], dim=2)
+    deltas = torch.randn(7, 4, generator=generator) / 5
+    found = model.losses_of_positives(anchors, deltas, boxes)["loss_box_reg"]
+    for i in range(7):
+        chosen = torch.arange(7).eq(i)[None]
+        expected = _dense_box_regression_loss(
+            [Boxes(anchors)], model.box2box_transform, [deltas[None]], [boxes], chosen, kind, 0.1
+        )
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fcos", "retinanet"])
+def test_ignored_boxes_are_still_ignored(kind):
+    """Weights of 1 beside ignored boxes change nothing."""
+    model, batch = _model(kind), _batch()
+    torch.nn.init.zeros_(model.head.cls_score.bias)  # background has a loss worth naming
+    batch[2]["ignored_boxes"] = Boxes(torch.tensor([[30.0, 30.0, 90.0, 90.0]]))
+    expected, _ = _losses(model, batch)
+    assert expected != pytest.approx(_losses(model, _batch())[0], rel=1e-4)
+    assert _losses(model, _weighted(batch, 1.0, 1.0))[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_weighted_parts_of_a_batch_are_the_batch():
+    """Gradient accumulation."""
+    model = _model("retinanet")
+    model.normalize_by_batch = True
+    batch = _weighted(_batch(), 0.3, 0.6)
+    whole, _ = _losses(model, batch)
+    parts = [batch[:2], batch[2:]]
+    with EventStorage(), model.one_step(parts):
+        passes = [model(part) for part in parts]
+    for name, loss in whole.items():
+        assert sum(p[name] for p in passes).item() / 2 == pytest.approx(loss, rel=1e-4)
+
+
+def test_objects_are_told_by_box_and_class():
+    instances = Instances(
+        (96, 96), gt_boxes=Boxes(torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 8], [1, 0, 8, 8]]))
+    )
+    instances.gt_classes = torch.tensor([0, 1, 1])
+    boxes, classes = instances.gt_boxes.tensor[[2, 0, 1, 1]], torch.tensor([1, 0, 1, 1])
+    assert matched_weights(boxes, classes, instances).tolist() == [1, 1, 1, 1]
+    instances.gt_weights = torch.tensor([0.25, 0.5, 0.75])
+    assert matched_weights(boxes, classes, instances).tolist() == [0.75, 0.25, 0.5, 0.5]
+    assert matched_weights(boxes[:0], classes[:0], instances[:0]).tolist() == []
+
+
+def test_weights_are_refused_where_no_loss_knows_them():
+    cfg = small_rcnn_config("SelfTrainingGeneralizedRCNN", SELFTRAIN__SCORE_WEIGHTED=True)
+    model = build_model(cfg)
+    instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 60.0, 60.0]])))
+    instances.gt_classes, instances.gt_weights = torch.tensor([0]), torch.tensor([0.5])
+    sample = {"image": torch.zeros(3, 96, 96), "instances": instances, "label_source": "pseudo"}
+    message = "SelfTrainingGeneralizedRCNN has no loss of each box .* set SELFTRAIN.SCORE_WEIGHTED False"
+    with pytest.raises(InputError, match=message), EventStorage():
+        model([sample])
+    check_score_weights(cfg, model)  # a teacher
+    cfg.DATASETS.PSEUDO_TRAIN = ("pseudo",)
+    with pytest.raises(InputError, match=message):
+        check_score_weights(cfg, model)
