@@ -181,6 +181,8 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.TTA.FLIP = False
     # Label each image at these multiples of INPUT.AUGMENTATION.IMAGE_SIZE, and merge or average likewise.
     cfg.SELFTRAIN.TTA.SCALES = (1.0,)
+    # Each box is the mean, by score, of the boxes of its class in all views from this IoU with it on; 0: the best one.
+    cfg.SELFTRAIN.TTA.BOX_VOTING = 0.0
     # Warn while a smaller share of the pseudo-labeled images has a box, or of their pixels a class.
     cfg.SELFTRAIN.MIN_NONEMPTY_SHARE = 0.05
     # Warn while pseudo-labeled images have more than so many times the boxes of human-labeled ones, per image.

@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     coco = json.loads(args.json.read_text())
-    percent = f"{100 * args.labeled / len(coco['images']):.6f}".rstrip("0")
+    percent = f"{100 * args.labeled / len(coco['images']):.6f}".rstrip("0").rstrip(".")
     for seed in args.seeds:
         folder = args.output / f"seed_{seed}"
         make_splits(args.json, folder / "splits", [percent], seed=seed, stratified=True)

@@ -19,6 +19,7 @@ from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, evaluations
 from selftrain_d2.files import write_json, write_text
 from selftrain_d2.labeling.generate import generate_pseudo_labels
+from selftrain_d2.labeling.views import see_once
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode,
     pseudo = load_pseudo_labels(folder, **{**selection, "ignore_score_thresh": None})
     names = sorted(task.interesting(pseudo))
     shown = names[:: max(1, len(names) // CONTACT_SHEET_ROWS)][:CONTACT_SHEET_ROWS]
-    student.SELFTRAIN.TTA.SCALES, student.SELFTRAIN.TTA.FLIP = (1.0,), False  # as it is evaluated
+    see_once(student)
     with tempfile.TemporaryDirectory() as folder:
         labels = os.path.join(folder, "labels")
         generate_pseudo_labels(

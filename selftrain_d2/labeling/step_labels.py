@@ -27,6 +27,7 @@ from selftrain_d2.data.training_sets import count_human_boxes
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, box_row
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
+from selftrain_d2.labeling.views import see_once
 
 
 class StepSelection:
@@ -145,7 +146,7 @@ class StepTeacher:
     def __init__(self, cfg: CfgNode, model: nn.Module):
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.SELFTRAIN.TTA.SCALES, cfg.SELFTRAIN.TTA.FLIP = (1.0,), False
+        see_once(cfg)
         self.masks = makes_masks(model)
         self.teacher: Callable = SegmentationTeacher(cfg, model) if self.masks else Teacher(cfg, model)
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.layers import batched_nms
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import nn
 
 from selftrain_d2.data.augmentation import build_augmentations
@@ -19,6 +19,11 @@ from selftrain_d2.modeling.soft_nms import soft_nms
 
 #: The detections of one image in several views, in pixels of the image as it is -> those to keep.
 Merge = Callable[[Sequence[Instances]], Instances]
+
+
+def see_once(cfg: CfgNode) -> None:
+    """Set SELFTRAIN.TTA of ``cfg`` so that a detector sees each image once, as in evaluation."""
+    cfg.SELFTRAIN.TTA.SCALES, cfg.SELFTRAIN.TTA.FLIP, cfg.SELFTRAIN.TTA.BOX_VOTING = (1.0,), False, 0.0
 
 
 def view_augmentations(cfg: CfgNode) -> list[T.AugmentationList]:
@@ -64,11 +69,14 @@ def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
     """How the detections of several views become one image's: by the detector's own NMS and limits.
 
     Of the same object seen several times, NMS within its class keeps the best; with
-    MODEL.RETINANET.SOFT_NMS_SIGMA the others lose score instead.
+    MODEL.RETINANET.SOFT_NMS_SIGMA the others lose score instead. With SELFTRAIN.TTA.BOX_VOTING the box is
+    the mean of all of them.
     """
     two_stage = hasattr(detector, "roi_heads")
     keys = cfg.MODEL.ROI_HEADS if two_stage else cfg.MODEL.RETINANET
     sigma = 0.0 if two_stage else cfg.MODEL.RETINANET.SOFT_NMS_SIGMA
+
+    iou_to_vote = cfg.SELFTRAIN.TTA.BOX_VOTING
 
     def merge(views: Sequence[Instances]) -> Instances:
         together = Instances.cat(list(views))
@@ -82,13 +90,37 @@ def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
                 score_thresh=keys.SCORE_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             )
-            together = together[kept]
-            together.scores = scores
-            return together
-        kept = batched_nms(boxes, scores, classes, keys.NMS_THRESH_TEST)
-        return together[kept[: cfg.TEST.DETECTIONS_PER_IMAGE]]
+            best = together[kept]
+            best.scores = scores
+        else:
+            kept = batched_nms(boxes, scores, classes, keys.NMS_THRESH_TEST)
+            best = together[kept[: cfg.TEST.DETECTIONS_PER_IMAGE]]
+        if iou_to_vote:
+            best.pred_boxes = Boxes(voted_boxes(best, together, iou_to_vote))
+        return best
 
     return merge
+
+
+def voted_boxes(kept: Instances, candidates: Instances, iou_threshold: float) -> torch.Tensor:
+    """Each box as the mean of all boxes of its class around it, weighed by their scores.
+
+    What the views see of one object differs by the noise of its localization, which the mean takes away; NMS keeps the
+    best-scored box, and with it the noise of one view (box voting: Gidaris and Komodakis, 2015, Section 4).
+
+    Args:
+        kept: ``pred_boxes`` (N, 4) XYXY, ``pred_classes`` (N,).
+        candidates: ``pred_boxes`` (M, 4), ``scores`` and ``pred_classes`` (M,): those of all views, the kept ones among
+            them.
+        iou_threshold: boxes vote for a kept one from this IoU on.
+
+    Returns:
+        (N, 4), the boxes in place of ``kept.pred_boxes``.
+    """
+    votes = pairwise_iou(kept.pred_boxes, candidates.pred_boxes) >= iou_threshold
+    votes &= kept.pred_classes[:, None] == candidates.pred_classes
+    weights = votes * candidates.scores
+    return weights @ candidates.pred_boxes.tensor / weights.sum(dim=1, keepdim=True)
 
 
 def views(number_of_scales: int, flip: bool) -> list[tuple[int, bool]]:

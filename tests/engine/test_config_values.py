@@ -32,6 +32,7 @@ VALUES = {
     "SELFTRAIN.MAX_BOXES_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
     "SELFTRAIN.MAX_LOSS_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
     "SELFTRAIN.STAGE": ([-2], [-1, 0, 3]),
+    "SELFTRAIN.TTA.BOX_VOTING": ([1.1, -0.1, float("nan")], [0.0, 0.6, 1.0]),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": ([1.1, -0.1, float("nan")], [0.0, 1.0]),
     "SELFTRAIN.TEACHER": (["moving-average", ""], ["labels", "moving_average"]),
     "SELFTRAIN.TEACHER_EMA_DECAY": ([0.0, 1.0, float("nan")], [0.5, 0.9996]),

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from selftrain_d2 import InputError, generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.labeling.inference import Teacher, read_ahead
-from selftrain_d2.labeling.views import mirrored, view_augmentations
+from selftrain_d2.labeling.views import mirrored, view_augmentations, voted_boxes
 
 
 class PaintDetector(torch.nn.Module):
@@ -124,6 +124,43 @@ def test_soft_nms_keeps_what_nms_would_drop_at_a_lower_score(config, painted):
     np.testing.assert_allclose(green.pred_boxes.tensor, [GREEN, GREEN], atol=1e-4)
     merged, _ = _merged(config, painted, MODEL__RETINANET__SCORE_THRESH_TEST=0.1, **keys)
     assert (merged.pred_classes == 1).sum() == 1
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_voting_takes_the_mean_of_the_views_by_score(config, painted, sigma):
+    """Red is seen where it is at twice the size, with 0.6, and 2 pixels to the right at 1.5 times, with 0.55."""
+
+    class Shifting(PaintDetector):
+        @staticmethod
+        def _one(image, height, width):
+            found = PaintDetector._one(image, height, width)
+            found.pred_boxes.tensor[:, 0::2] += 2.0 * (image.shape[2] == 144)
+            return found
+
+    config.merge_from_list(["SELFTRAIN.TTA.SCALES", (2.0, 1.5), "MODEL.RETINANET.SOFT_NMS_SIGMA", sigma])
+    samples = list(read_ahead(config, str(painted), ["a.png"], 1))
+    for threshold, right in ((0.0, 0.0), (0.5, 2 * 0.55 / (0.6 + 0.55)), (0.9, 0.0)):
+        config.SELFTRAIN.TTA.BOX_VOTING = threshold
+        found = Teacher(config, Shifting())(samples)[0]
+        best = found[found.pred_classes == 0][0]
+        np.testing.assert_allclose(best.pred_boxes.tensor, [np.add(RED, [right, 0, right, 0])], atol=1e-4)
+        assert best.scores.item() == pytest.approx(0.6)
+
+
+def test_votes_by_hand():
+    """Two views of one object, a neighbour below the IoU, and an object of another class at the same place."""
+    candidates = Instances(
+        (100, 100),
+        pred_boxes=Boxes(
+            torch.tensor([[10.0, 10, 30, 30], [12, 10, 32, 30], [25, 10, 45, 30], [10, 10, 30, 30]])
+        ),
+        scores=torch.tensor([0.9, 0.6, 0.5, 0.8]),
+        pred_classes=torch.tensor([0, 0, 0, 1]),
+    )
+    voted = voted_boxes(candidates[torch.tensor([0, 2, 3])], candidates, 0.6)
+    np.testing.assert_allclose(
+        voted, [[10.8, 10, 30.8, 30], [25, 10, 45, 30], [10, 10, 30, 30]], rtol=1e-6
+    )  # (0.9 * 10 + 0.6 * 12) / 1.5 = 10.8
 
 
 def test_mirroring_twice_changes_nothing():
