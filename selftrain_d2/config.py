@@ -158,6 +158,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.BOXES_PER_IMAGE = 0.0
     # Of the pseudo boxes of an image that reach their threshold, only the best so many. 0: all.
     cfg.SELFTRAIN.TOP_K = 0
+    # Pseudo boxes on whose place the teacher's views (SELFTRAIN.TTA) agree less, as a mean IoU, are not trained on. 0:
+    # off.
+    cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.0
     # True: the losses of anchors or locations that a pseudo box is matched with are times its score. False: as in
     # the paper.
     cfg.SELFTRAIN.SCORE_WEIGHTED = False

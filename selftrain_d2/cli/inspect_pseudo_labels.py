@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--score-thresh", type=float, default=0.5, metavar="S", help="threshold to judge at (default 0.5)"
     )
     parser.add_argument(
+        "--localization-thresh",
+        type=float,
+        metavar="L",
+        help="look at boxes of at least this localization score alone (SELFTRAIN.LOCALIZATION_THRESH)",
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="OUT", help="folder of the report (default: DIR_report, beside DIR)"
     )
 
@@ -73,6 +79,7 @@ def _report_masks(args: argparse.Namespace, folder: Path, output: Path) -> None:
         ("--labeled-images", args.labeled_images),
         ("--classes", args.classes),
         ("--config-file", args.config_file),
+        ("--localization-thresh", args.localization_thresh),
     ):
         if value is not None:
             raise InputError(f"{option} compares boxes, but the pseudo labels are masks: leave it out.")
@@ -108,6 +115,7 @@ def _report_boxes(args: argparse.Namespace, folder: Path, output: Path) -> None:
     found = inspect_labels(
         folder,
         score_thresh=args.score_thresh,
+        localization_thresh=args.localization_thresh,
         truth_json=args.truth,
         human_json=args.human_labels,
         human_images=args.labeled_images,

@@ -107,6 +107,7 @@ def register_pseudo_labels(
     top_k: int | None = None,
     boxes_per_image: float | None = None,
     ignore_score_thresh: ScoreThreshold | None = None,
+    localization_thresh: float | None = None,
 ) -> None:
     """Register a folder of pseudo labels (see ``generate_pseudo_labels``) as a dataset.
 
@@ -118,7 +119,7 @@ def register_pseudo_labels(
         score_thresh: boxes below this score are left out, pixels ignored: one number, or one by class name. The
             paper uses 0.5.
         image_root: where the images are now, if they were moved since.
-        top_k, boxes_per_image, ignore_score_thresh: see ``load_pseudo_labels``.
+        top_k, boxes_per_image, ignore_score_thresh, localization_thresh: see ``load_pseudo_labels``.
 
     Raises:
         InputError: no finished pseudo labels are there, a threshold lies under the floor of what was
@@ -130,6 +131,7 @@ def register_pseudo_labels(
         "top_k": top_k,
         "boxes_per_image": boxes_per_image,
         "ignore_score_thresh": ignore_score_thresh,
+        "localization_thresh": localization_thresh,
     }
     resolve_thresholds(manifest, **selection)  # a mistake is told now
     register_dataset(name, lambda: load_pseudo_labels(folder, image_root=image_root, **selection))

@@ -79,6 +79,7 @@ RULES: dict[str, Rule] = {
     "SOLVER.WARMUP_METHOD": _one_of(lambda: ("constant", "linear")),
     "SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT": _at_least(0.0),
     "SELFTRAIN.IGNORE_SCORE_THRESH": Rule(lambda value: 0 <= value <= 1, lambda: "a score in [0, 1]"),
+    "SELFTRAIN.LOCALIZATION_THRESH": Rule(lambda value: 0 <= value <= 1, lambda: "an IoU in [0, 1]"),
     "SELFTRAIN.IGNORE_OVERLAP": _one_of(lambda: OVERLAPS),
     "SELFTRAIN.IGNORE_OVERLAP_THRESH": Rule(lambda value: 0 < value <= 1, lambda: "in (0, 1]"),
     "SELFTRAIN.MAX_BOXES_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),

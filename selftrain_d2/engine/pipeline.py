@@ -50,6 +50,7 @@ from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
+from selftrain_d2.labeling.views import number_of_views
 from selftrain_d2.modeling.checkpoint import (
     FINAL_WEIGHTS,
     WEIGHT_AVERAGE,
@@ -223,7 +224,7 @@ class _Loop:
         labeling.MODEL.WEIGHTS = weights
         check_labeling(labeling, self.score_floor, batch_size=1)
         kind = "stuff_classes" if is_segmentor(teacher) else "thing_classes"
-        labels = {kind: self.classes, "score_floor": self.score_floor}
+        labels = {kind: self.classes, "score_floor": self.score_floor, "views": number_of_views(self.cfg)}
         if self.cfg.SELFTRAIN.THRESHOLDS == "counts":
             check_counts(self.cfg, labels)
         else:

@@ -91,6 +91,7 @@ def inspect_labels(
     folder: str | os.PathLike,
     *,
     score_thresh: float = 0.5,
+    localization_thresh: float | None = None,
     truth_json: str | os.PathLike | None = None,
     human_json: str | os.PathLike | None = None,
     human_images: str | None = None,
@@ -103,6 +104,7 @@ def inspect_labels(
     Args:
         folder: what ``generate_pseudo_labels`` wrote.
         score_thresh: the threshold to judge at; the folder holds boxes of lower scores too.
+        localization_thresh: look at boxes of at least this localization score alone; None: at all.
         truth_json: COCO JSON of human labels of the same images, or some of them.
         human_json: those of the labeled set that the student will train on as well.
         human_images, label_classes: see :func:`selftrain_d2.data.label_formats.detect.read_labels`.
@@ -126,7 +128,7 @@ def inspect_labels(
         if truth_json is None
         else read_human_labels(truth_json, class_names, label_classes=label_classes)
     )
-    labels = load_pseudo_labels(folder, floor, image_root=image_root)
+    labels = load_pseudo_labels(folder, floor, image_root=image_root, localization_thresh=localization_thresh)
     thresholds = threshold_grid(floor, score_thresh)
     picked = empty_samples(images_a_sheet)
     files: list[str] = []

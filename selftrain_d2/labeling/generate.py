@@ -28,6 +28,7 @@ from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
+from selftrain_d2.labeling.views import number_of_views
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
     file_sha256,
@@ -121,6 +122,7 @@ def generate_pseudo_labels(
         images = sum(len(writer.shard_range(shard)) for shard in missing)
         manifest = writer.finish(
             teacher_weights=os.path.abspath(cfg.MODEL.WEIGHTS),
+            views=number_of_views(cfg),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             seconds_of_last_run=round(time.perf_counter() - start, 1),
             images_per_second_of_last_run=round(images / (time.perf_counter() - labeling_start), 2),

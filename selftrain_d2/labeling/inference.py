@@ -23,7 +23,7 @@ from selftrain_d2.data.mapper import image_to_tensor
 from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.views import build_merge, mirrored, view_augmentations, views
+from selftrain_d2.labeling.views import build_merge, localization_scores, mirrored, view_augmentations, views
 from selftrain_d2.modeling.torch_flags import torch_flag
 
 #: Batches that may be under way at once, so that images of one shape find each other.
@@ -93,7 +93,7 @@ class Teacher(Network):
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Instances]:
-        """Detections in pixels of the files, on the CPU.
+        """Detections in pixels of the files, on the CPU; with several views they have ``localization_scores``.
 
         Args:
             samples: images that have the same shape at each scale.
@@ -105,7 +105,12 @@ class Teacher(Network):
         for scale, flipped in self.views:
             for detections, instances in zip(found, self._detect(samples, scale, flipped)):
                 detections.append(mirrored(instances) if flipped else instances)
-        return [(d[0] if len(d) == 1 else self.merge(d)).to("cpu") for d in found]
+        return [(d[0] if len(d) == 1 else self._merged(d)).to("cpu") for d in found]
+
+    def _merged(self, seen: list[Instances]) -> Instances:
+        merged = self.merge(seen)
+        merged.localization_scores = localization_scores(merged, seen)
+        return merged
 
     def _detect(self, samples: Sequence[Sample], scale: int, flipped: bool) -> list[Instances]:
         outputs = self.outputs(samples, scale, flipped, at_file_size=True)
@@ -176,6 +181,9 @@ def box_row(sample: Sample, instances: Instances) -> dict[str, Any]:
         instances.scores.numpy(),
         instances.pred_classes.numpy(),
         _run_lengths(instances.pred_masks) if instances.has("pred_masks") else None,
+        localization_scores=instances.localization_scores.numpy()
+        if instances.has("localization_scores")
+        else None,
     )
 
 

@@ -54,6 +54,11 @@ class StepSelection:
                 "SELFTRAIN.BOXES_PER_IMAGE chooses one threshold for all pseudo labels, which with SELFTRAIN.TEACHER "
                 "moving_average are made step by step: set it to 0, or SELFTRAIN.THRESHOLDS to counts."
             )
+        if keys.LOCALIZATION_THRESH:
+            raise InputError(
+                "SELFTRAIN.LOCALIZATION_THRESH compares several views of an image, of which a teacher that is a moving "
+                "average (SELFTRAIN.TEACHER moving_average) takes one: set it to 0, or TEACHER to labels."
+            )
         kind = "stuff_classes" if masks else "thing_classes"
         known = {kind: list(class_names), "score_floor": 0.0}
         self.top_k = keys.TOP_K or None

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from torch import nn
+from torch import Tensor, nn
 
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.errors import InputError
@@ -102,7 +102,7 @@ def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
     return merge
 
 
-def voted_boxes(kept: Instances, candidates: Instances, iou_threshold: float) -> torch.Tensor:
+def voted_boxes(kept: Instances, candidates: Instances, iou_threshold: float) -> Tensor:
     """Each box as the mean of all boxes of its class around it, weighed by their scores.
 
     What the views see of one object differs by the noise of its localization, which the mean takes away; NMS keeps the
@@ -121,6 +121,33 @@ def voted_boxes(kept: Instances, candidates: Instances, iou_threshold: float) ->
     votes &= kept.pred_classes[:, None] == candidates.pred_classes
     weights = votes * candidates.scores
     return weights @ candidates.pred_boxes.tensor / weights.sum(dim=1, keepdim=True)
+
+
+def localization_scores(boxes: Instances, seen: Sequence[Instances]) -> Tensor:
+    """How well views agree on boxes: the mean, over the other views, of the IoU with what these have in its place.
+
+    That is the box of the same class that overlaps it most, or nothing, with an IoU of 0. What a detector sees of an
+    object does not depend on flip and scale; where its boxes do, it is unsure of the place, whatever its score says.
+
+    Args:
+        boxes: N detections, each out of one of the views, or the mean of what they have there.
+        seen: the detections of each view, at least two, in the same pixels.
+
+    Returns:
+        (N,) in [0, 1].
+    """
+    best = torch.zeros(len(seen), len(boxes), device=boxes.scores.device)
+    for of_view, view in zip(best, seen):
+        if len(view):
+            same_class = boxes.pred_classes[:, None] == view.pred_classes
+            of_view[:] = (pairwise_iou(boxes.pred_boxes, view.pred_boxes) * same_class).amax(dim=1)
+    # In its own view a box finds itself, with an IoU of 1; the mean of several leaves out what is nearest to it.
+    return best.sort(dim=0).values[:-1].mean(dim=0)
+
+
+def number_of_views(cfg: CfgNode) -> int:
+    """How often SELFTRAIN.TTA shows an image to the teacher."""
+    return len(views(len(cfg.SELFTRAIN.TTA.SCALES), cfg.SELFTRAIN.TTA.FLIP))
 
 
 def views(number_of_scales: int, flip: bool) -> list[tuple[int, bool]]:

@@ -27,6 +27,7 @@ VALUES = {
     "INPUT.CLASSIFICATION_IMAGE_SIZE": ([-1], [0, 32]),
     "SELFTRAIN.CLASSIFICATION_LOSS_WEIGHT": ([-0.1, float("nan")], [0.0, 0.5]),
     "SELFTRAIN.IGNORE_SCORE_THRESH": ([-0.1, 1.1, float("nan")], [0.0, 1.0]),
+    "SELFTRAIN.LOCALIZATION_THRESH": ([-0.1, 1.1, float("nan")], [0.0, 1.0]),
     "SELFTRAIN.IGNORE_OVERLAP": (["IoU", ""], ["iou", "covered"]),
     "SELFTRAIN.IGNORE_OVERLAP_THRESH": ([0.0, 1.1, float("nan")], [0.01, 1.0]),
     "SELFTRAIN.MAX_BOXES_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),

@@ -282,6 +282,7 @@ def test_pixels_of_a_step_are_those_of_the_same_masks_on_disk(tmp_path):
     [
         ({"MODEL__WEIGHTS": ""}, "begins as a trained teacher"),
         ({"SELFTRAIN__BOXES_PER_IMAGE": 1.0}, "SELFTRAIN.THRESHOLDS to counts"),
+        ({"SELFTRAIN__LOCALIZATION_THRESH": 0.5}, "takes one: set it to 0, or TEACHER to labels"),
         ({"DATALOADER__PSEUDO_SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}, "set it to TrainingSampler"),
     ],
 )

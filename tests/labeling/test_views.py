@@ -11,8 +11,9 @@ from detectron2.structures import Boxes, Instances
 
 from selftrain_d2 import InputError, generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.data.image_sources import list_images
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.labeling.inference import Teacher, read_ahead
-from selftrain_d2.labeling.views import mirrored, view_augmentations, voted_boxes
+from selftrain_d2.labeling.views import localization_scores, mirrored, view_augmentations, voted_boxes
 
 
 class PaintDetector(torch.nn.Module):
@@ -161,6 +162,49 @@ def test_votes_by_hand():
     np.testing.assert_allclose(
         voted, [[10.8, 10, 30.8, 30], [25, 10, 45, 30], [10, 10, 30, 30]], rtol=1e-6
     )  # (0.9 * 10 + 0.6 * 12) / 1.5 = 10.8
+
+
+def _seen(*boxes_and_classes):
+    boxes = torch.tensor([box for box, _ in boxes_and_classes], dtype=torch.float32).reshape(-1, 4)
+    found = Instances((50, 50), pred_boxes=Boxes(boxes), scores=torch.full((len(boxes),), 0.5))
+    found.pred_classes = torch.tensor([c for _, c in boxes_and_classes], dtype=torch.long)
+    return found
+
+
+def test_localization_scores_by_hand():
+    one = _seen(([0, 0, 10, 10], 0), ([20, 20, 40, 40], 1))
+    two = _seen(([0, 0, 10, 8], 0), ([0, 0, 10, 5], 0), ([20, 20, 40, 40], 0))
+    # 80 of 100 pixels are common; where the second is, the other view has a box of another class.
+    torch.testing.assert_close(localization_scores(one, [one, two]), torch.tensor([0.8, 0.0]))
+    # Seen from the other side: 50 of 100, and no box of that class there.
+    torch.testing.assert_close(localization_scores(two, [one, two]), torch.tensor([0.8, 0.5, 0.0]))
+    three = _seen(([0, 0, 10, 10], 0), ([20, 20, 40, 30], 1))
+    expected = torch.tensor([(0.8 + 1.0) / 2, (0.0 + 0.5) / 2])
+    torch.testing.assert_close(localization_scores(one, [one, two, three]), expected)
+    assert localization_scores(_seen(), [_seen(), _seen()]).tolist() == []
+    assert localization_scores(one, [one, _seen()]).tolist() == [0.0, 0.0]
+
+
+def test_localization_scores_are_written_and_select(config, painted, tmp_path):
+    """Green is seen by two of four views, mirrored at both scales; red by one."""
+    config.SELFTRAIN.TTA.FLIP, config.SELFTRAIN.TTA.SCALES = True, (1.0, 2.0)
+    folder = tmp_path / "labels"
+    generate_pseudo_labels(config, painted, ["a.png"], folder, thing_classes=["red", "green"])
+    assert read_manifest(folder)["views"] == 4
+
+    def classes(**selection):
+        (found,) = load_pseudo_labels(folder, 0.05, **selection)
+        return [(a["category_id"], a.get("iscrowd", 0)) for a in found["annotations"]]
+
+    assert sorted(classes()) == [(0, 0), (1, 0)]
+    assert classes(localization_thresh=0.3) == [(1, 0)]  # a third
+    assert classes(localization_thresh=0.4) == []
+    assert classes(localization_thresh=0.3, ignore_score_thresh=0.05) == [(1, 0), (0, 1)]
+
+    config.SELFTRAIN.TTA.FLIP, config.SELFTRAIN.TTA.SCALES = False, (2.0,)
+    generate_pseudo_labels(config, painted, ["a.png"], tmp_path / "once", thing_classes=["red", "green"])
+    with pytest.raises(InputError, match="needs a teacher that looks several times"):
+        load_pseudo_labels(tmp_path / "once", localization_thresh=0.3)
 
 
 def test_mirroring_twice_changes_nothing():

@@ -25,13 +25,21 @@ from selftrain_d2.data.pseudo_labels.manifest import MANIFEST, count_contents, k
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset, mask_columns
 from selftrain_d2.data.pseudo_labels.masks import MASKS, check_masks_are_there, damaged_mask, least_percents
 from selftrain_d2.data.pseudo_labels.selection import (
+    WITHOUT_LOCALIZATION,
     ScoreThreshold,
     matching_threshold,
     resolve_thresholds,
     select_boxes,
     thresholds_of_classes,
 )
-from selftrain_d2.data.pseudo_labels.shards import SCHEMA, box_counts, flat_values, read_shards
+from selftrain_d2.data.pseudo_labels.shards import (
+    LOCALIZATION_SCORES,
+    SCHEMA,
+    box_counts,
+    flat_values,
+    localization_scores,
+    read_shards,
+)
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -71,6 +79,7 @@ def load_pseudo_labels(
     top_k: int | None = None,
     boxes_per_image: float | None = None,
     ignore_score_thresh: ScoreThreshold | None = None,
+    localization_thresh: float | None = None,
 ) -> PseudoImageDataset:
     """Read pseudo labels as detectron2 dataset dicts. Every shard is checked against its SHA-256.
 
@@ -85,6 +94,9 @@ def load_pseudo_labels(
             threshold is logged.
         ignore_score_thresh: boxes of at least this score that are not selected by the above are neither objects nor
             background: one number, or one by class name, for every class. None: they are left out.
+        localization_thresh: boxes whose localization score (see ``labeling.views``) is under this are not selected,
+            whatever their score: with ``ignore_score_thresh`` they are ignored, without left out. Known of labels of a
+            teacher with several views. None: it does not count.
 
     Returns:
         One dict per labeled image, images without boxes included (they train as all-negative):
@@ -101,30 +113,40 @@ def load_pseudo_labels(
 
     Raises:
         InputError: the folder holds no finished pseudo labels, a shard or mask is missing or damaged, a class is
-            unknown or has no threshold, a threshold lies under the floor that labels were written with, or an
-            argument does not go with masks.
+            unknown or has no threshold, a threshold lies under the floor that labels were written with, an
+            argument does not go with masks, or boxes have no localization score to compare.
     """
     manifest = read_manifest(folder)
-    thresholds = resolve_thresholds(manifest, score_thresh, top_k, boxes_per_image, ignore_score_thresh)
+    thresholds = resolve_thresholds(
+        manifest, score_thresh, top_k, boxes_per_image, ignore_score_thresh, localization_thresh
+    )
     files = _shard_files(folder, manifest)
     image_root = manifest["image_root"] if image_root is None else str(image_root)
     if kind_of(manifest) is MASKS:
         return _load_masks(folder, files, least_percents(thresholds), image_root)
     if boxes_per_image is not None:
-        thresholds[:] = _choose_threshold(folder, files, thresholds, top_k, boxes_per_image, manifest)
+        thresholds[:] = _choose_threshold(
+            folder, files, thresholds, top_k, boxes_per_image, manifest, localization_thresh
+        )
     ignored_from = (
         None if ignore_score_thresh is None else thresholds_of_classes(manifest, ignore_score_thresh)
     )
     # The empty table gives the columns their types where there is no shard.
     tables = itertools.chain([SCHEMA.empty_table()], read_shards(files))
-    columns = join_columns(_columns(table, thresholds, top_k, ignored_from) for table in tables)
+    columns = join_columns(
+        _columns(table, thresholds, top_k, ignored_from, localization_thresh) for table in tables
+    )
     return PseudoLabelDataset(columns, image_root)
 
 
 def _columns(
-    table: pa.Table, thresholds: np.ndarray, top_k: int | None, ignored_from: np.ndarray | None
+    table: pa.Table,
+    thresholds: np.ndarray,
+    top_k: int | None,
+    ignored_from: np.ndarray | None,
+    localization_thresh: float | None,
 ) -> dict[str, np.ndarray]:
-    selected = _selected(table, thresholds, top_k)
+    selected = _selected(table, thresholds, top_k, localization_thresh)
     ignored = None if ignored_from is None else _selected(table, ignored_from, None) & ~selected
     return shard_columns(table, selected, ignored)
 
@@ -146,11 +168,12 @@ def _choose_threshold(
     top_k: int | None,
     boxes_per_image: float,
     manifest: dict[str, Any],
+    localization_thresh: float | None,
 ) -> float:
     images = manifest["labeled"] + manifest["empty"]
     scores = [SCHEMA.empty_table()["scores"].combine_chunks().flatten().to_numpy()]
-    for table in read_shards(files, ["scores", "category_ids"]):
-        scores.append(flat_values(table, "scores")[_selected(table, floors, top_k)])
+    for table in read_shards(files, ["scores", "category_ids", LOCALIZATION_SCORES]):
+        scores.append(flat_values(table, "scores")[_selected(table, floors, top_k, localization_thresh)])
     everything = np.concatenate(scores)
     threshold = matching_threshold(everything, boxes_per_image * images)
     if threshold is None:
@@ -163,8 +186,15 @@ def _choose_threshold(
     return threshold
 
 
-def _selected(table: pa.Table, thresholds: np.ndarray, top_k: int | None) -> np.ndarray:
+def _selected(
+    table: pa.Table, thresholds: np.ndarray, top_k: int | None, localization_thresh: float | None = None
+) -> np.ndarray:
     scores, category_ids = flat_values(table, "scores"), flat_values(table, "category_ids")
+    if localization_thresh is not None:
+        localized = localization_scores(table)
+        if np.isnan(localized).any():
+            raise InputError(WITHOUT_LOCALIZATION)
+        scores = np.where(localized >= np.float32(localization_thresh), scores, np.float32(-1))
     return select_boxes(scores, category_ids, box_counts(table), thresholds, top_k)
 
 

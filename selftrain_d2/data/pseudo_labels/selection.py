@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 #: A class with fewer true (or human) boxes than this takes the threshold of all classes together.
 ENOUGH_BOXES = 30
 
+#: What is said where a localization threshold finds boxes without a localization score.
+WITHOUT_LOCALIZATION = (
+    "A localization threshold needs a teacher that looks several times, and these labels have no localization scores "
+    "or lack some: label with SELFTRAIN.TTA.FLIP True or several SELFTRAIN.TTA.SCALES, into another folder, or set "
+    "SELFTRAIN.LOCALIZATION_THRESH (localization_thresh) to 0."
+)
+
 #: One score threshold for all classes, or one by class name.
 ScoreThreshold = Union[float, Mapping[str, float]]
 
@@ -27,7 +34,8 @@ ScoreThreshold = Union[float, Mapping[str, float]]
 def selection_from_config(
     cfg: CfgNode, class_names: Sequence[str], counts: CountThresholds | None = None
 ) -> dict[str, Any]:
-    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE and IGNORE_SCORE_THRESH say.
+    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE, IGNORE_SCORE_THRESH and
+    LOCALIZATION_THRESH say.
 
     Args:
         class_names: of the pseudo labels.
@@ -53,6 +61,8 @@ def selection_from_config(
         "boxes_per_image": selftrain.BOXES_PER_IMAGE or None,
         "ignore_score_thresh": selftrain.IGNORE_SCORE_THRESH or None,
     }
+    if selftrain.LOCALIZATION_THRESH:
+        selection["localization_thresh"] = selftrain.LOCALIZATION_THRESH
     if counts is not None:
         selection["score_thresh"] = counts.score_thresh
         if counts.ignore_score_thresh is not None:
@@ -66,7 +76,12 @@ def check_counts(cfg: CfgNode, manifest: Mapping[str, Any]) -> None:
         raise InputError(
             "The pseudo labels are masks, in which no boxes can be counted: set SELFTRAIN.THRESHOLDS fixed."
         )
-    for key, off in (("SCORE_THRESH_BY_CLASS", ()), ("BOXES_PER_IMAGE", 0.0), ("TOP_K", 0)):
+    for key, off in (
+        ("SCORE_THRESH_BY_CLASS", ()),
+        ("BOXES_PER_IMAGE", 0.0),
+        ("TOP_K", 0),
+        ("LOCALIZATION_THRESH", 0.0),
+    ):
         if cfg.SELFTRAIN[key]:
             raise InputError(
                 f"SELFTRAIN.THRESHOLDS counts chooses how many boxes are kept, and so does SELFTRAIN.{key} "
@@ -98,6 +113,8 @@ def selection_in_words(cfg: CfgNode) -> str:
         words = list(selftrain.SCORE_THRESH_BY_CLASS)
         if words:
             text += f" ({', '.join(f'{name} {value:g}' for name, value in zip(words[::2], words[1::2]))})"
+    if selftrain.LOCALIZATION_THRESH:
+        text += f", on whose place the teacher's views agree to {selftrain.LOCALIZATION_THRESH:g}"
     text += f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else ""
     ignored = selftrain.IGNORE_SCORE_THRESH
     return text + (f" (others of {ignored:g} or more ignored)" if ignored else "")
@@ -109,12 +126,13 @@ def resolve_thresholds(
     top_k: int | None = None,
     boxes_per_image: float | None = None,
     ignore_score_thresh: ScoreThreshold | None = None,
+    localization_thresh: float | None = None,
 ) -> np.ndarray:
     """Check a selection against what was written.
 
     Args:
         manifest: of the folder.
-        score_thresh, top_k, boxes_per_image, ignore_score_thresh: see ``load_pseudo_labels``.
+        score_thresh, top_k, boxes_per_image, ignore_score_thresh, localization_thresh: see ``load_pseudo_labels``.
 
     Returns:
         (C,) float32, the threshold of each class; the floor where ``boxes_per_image`` will choose it.
@@ -122,7 +140,8 @@ def resolve_thresholds(
     Raises:
         InputError: a threshold is no number from the floor to 1, or is missing or given for an unknown class;
             ``top_k`` is not at least 1, ``boxes_per_image`` not above 0, or given beside thresholds by class; one of
-            these two or ``ignore_score_thresh`` for masks; or no box can have a score that is ignored.
+            these two, ``ignore_score_thresh`` or ``localization_thresh`` for masks; no box can have a score that is
+            ignored; or the teacher looked once, so that boxes have no localization score.
     """
     if "stuff_classes" in manifest:
         if top_k is not None or boxes_per_image is not None:
@@ -135,6 +154,16 @@ def resolve_thresholds(
                 "The pseudo labels are masks, whose pixels are ignored wherever they are not trained on: leave "
                 "ignore_score_thresh out, or SELFTRAIN.IGNORE_SCORE_THRESH at 0."
             )
+        if localization_thresh is not None:
+            raise InputError(
+                "The pseudo labels are masks, which have no localization scores: leave localization_thresh out, or "
+                "SELFTRAIN.LOCALIZATION_THRESH at 0."
+            )
+    if localization_thresh is not None:
+        if not _is_number(localization_thresh) or not 0 <= localization_thresh <= 1:
+            raise InputError(f"localization_thresh must be a number in [0, 1], not {localization_thresh!r}.")
+        if manifest.get("views", 1) < 2:
+            raise InputError(WITHOUT_LOCALIZATION)
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise InputError(f"The best {top_k} boxes of an image cannot be taken: top_k must be at least 1.")
     if boxes_per_image is not None:
@@ -148,7 +177,8 @@ def resolve_thresholds(
     thresholds = thresholds_of_classes(manifest, score_thresh)
     if ignore_score_thresh is not None:
         ignored = thresholds_of_classes(manifest, ignore_score_thresh)
-        if top_k is None and boxes_per_image is None and (ignored >= thresholds).all():
+        others = (top_k, boxes_per_image, localization_thresh)  # rules by which boxes are left over
+        if others == (None, None, None) and (ignored >= thresholds).all():
             raise InputError(
                 f"Boxes from a score of {ignore_score_thresh} on are to be ignored, but from {score_thresh} on all are "
                 "trained on: set ignore_score_thresh (SELFTRAIN.IGNORE_SCORE_THRESH) below that, or to 0."

@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import whole_file
 
+LOCALIZATION_SCORES = "localization_scores"
+
 #: One row an image. Boxes are XYXY in absolute pixels of the image as detectron2 reads it.
 SCHEMA = pa.schema(
     [
@@ -31,6 +33,8 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # 4 numbers a box
         ("scores", pa.list_(pa.float32())),
         ("category_ids", pa.list_(pa.int32())),  # contiguous, into thing_classes
+        # In [0, 1], how well a teacher's views agree on the box; empty with one view, not there in older folders.
+        (LOCALIZATION_SCORES, pa.list_(pa.float32())),
         ("masks", pa.list_(pa.string())),  # COCO's compressed RLE of the whole image; empty without masks
         ("skipped", pa.string()),  # why the image could not be labeled, else null
     ]
@@ -49,6 +53,7 @@ def make_row(
     category_ids: np.ndarray | None = None,
     masks: Sequence[str] | None = None,
     skipped: str | None = None,
+    localization_scores: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """One row of ``SCHEMA``.
 
@@ -58,6 +63,7 @@ def make_row(
         boxes: (N, 4) XYXY, pixels. scores: (N,) in [0, 1]. category_ids: (N,) contiguous.
         masks: N strings, ``counts`` of COCO's compressed RLE; None where the teacher makes no masks.
         skipped: the reason, if the image could not be labeled.
+        localization_scores: (N,) in [0, 1]; None where the teacher looks once.
     """
     return {
         "file_name": file_name,
@@ -66,6 +72,9 @@ def make_row(
         "boxes": [] if boxes is None else np.asarray(boxes, np.float32).reshape(-1),
         "scores": [] if scores is None else np.asarray(scores, np.float32),
         "category_ids": [] if category_ids is None else np.asarray(category_ids, np.int32),
+        LOCALIZATION_SCORES: []
+        if localization_scores is None
+        else np.asarray(localization_scores, np.float32),
         "masks": [] if masks is None else list(masks),
         "skipped": skipped,
     }
@@ -101,13 +110,15 @@ def check_table(table: pa.Table, num_classes: int) -> None:
 
     Raises:
         InputError: a box has a class without a name.
-        ValueError: a row has not one score and class for each box, masks for some boxes alone, or boxes of a
-            skipped image.
+        ValueError: a row has not one score and class for each box, masks or localization scores for some boxes alone,
+            or boxes of a skipped image.
     """
-    lengths = {name: list_lengths(table, name) for name in ("boxes", "scores", "category_ids", "masks")}
+    optional = ("masks", LOCALIZATION_SCORES)
+    lengths = {name: list_lengths(table, name) for name in ("boxes", "scores", "category_ids", *optional)}
     boxes = lengths["scores"]
     wrong = (lengths["boxes"] != 4 * boxes) | (lengths["category_ids"] != boxes)
-    wrong |= (lengths["masks"] != 0) & (lengths["masks"] != boxes)
+    for name in optional:
+        wrong |= (lengths[name] != 0) & (lengths[name] != boxes)
     wrong |= table["skipped"].is_valid().to_numpy() & (boxes != 0)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
@@ -171,6 +182,16 @@ def list_lengths(table: pa.Table, name: str) -> np.ndarray:
 def box_counts(table: pa.Table) -> np.ndarray:
     """Boxes of each row, (rows,)."""
     return list_lengths(table, "scores")
+
+
+def localization_scores(table: pa.Table) -> np.ndarray:
+    """(B,) float32 of all boxes, NaN of those that have none."""
+    counts = box_counts(table)
+    values = np.full(counts.sum(), np.nan, np.float32)
+    if LOCALIZATION_SCORES in table.column_names:
+        known = list_lengths(table, LOCALIZATION_SCORES) > 0
+        values[np.repeat(known, counts)] = flat_values(table, LOCALIZATION_SCORES)
+    return values
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -7,7 +8,7 @@ from numbered_images import IDENTITY, NAMES, numbered_row, write_numbered
 from selftrain_d2 import InputError, load_pseudo_labels, register_pseudo_labels
 from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
-from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.shards import SCHEMA, make_row, write_shard
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
 
@@ -51,6 +52,46 @@ def test_a_score_at_the_threshold_stays(tmp_path):
     writer.write_shard(0, [make_row("a.jpg", 9, 9, [[0, 0, 5, 5]], [0.7], [0])])
     writer.finish()
     assert len(load_pseudo_labels(tmp_path, 0.7)[0]["annotations"]) == 1
+
+
+def _localized(folder):
+    """Three boxes of one image, the best one in a doubtful place; and an image without any."""
+    writer = PseudoLabelWriter(folder, IDENTITY, ["a.jpg", "b.jpg"])
+    boxes = [[0, 0, 5, 5], [1, 1, 6, 6], [2, 2, 7, 7]]
+    scores, localization = [0.9, 0.8, 0.3], [0.4, 0.7, 1.0]
+    rows = make_row("a.jpg", 9, 9, boxes, scores, [0, 0, 1], localization_scores=localization)
+    return writer, [rows, make_row("b.jpg", 9, 9)]
+
+
+def _scores(folder, *arguments, **selection):
+    found = load_pseudo_labels(folder, *arguments, **selection)[0]["annotations"]
+    return [(pytest.approx(a["score"]), a.get("iscrowd", 0)) for a in found]
+
+
+def test_a_second_threshold_on_the_place(tmp_path):
+    writer, rows = _localized(tmp_path)
+    writer.write_shard(0, rows)
+    writer.finish(views=2)
+    assert _scores(tmp_path, 0.5) == [(0.9, 0), (0.8, 0)]
+    assert _scores(tmp_path, 0.5, localization_thresh=0.7) == [(0.8, 0)]  # a score at the threshold stays
+    # The best of those that reach it; what is left over is ignored if anything is, whatever its score.
+    assert _scores(tmp_path, 0.05, localization_thresh=0.7, top_k=1) == [(0.8, 0)]
+    ignoring = {"localization_thresh": 0.7, "ignore_score_thresh": 0.5}
+    assert _scores(tmp_path, 0.5, **ignoring) == [(0.8, 0), (0.9, 1)]
+    assert _scores(tmp_path, localization_thresh=0.5, boxes_per_image=0.5) == [(0.8, 0)]
+
+
+def test_folders_from_before_localization_scores(tmp_path):
+    """Their shards have no such column; a folder that was gone on with may have some of both."""
+    writer, rows = _localized(tmp_path)
+    write_shard(
+        tmp_path / "shards", 0, pa.Table.from_pylist(rows, SCHEMA).drop_columns("localization_scores")
+    )
+    writer.finish(views=2)
+    assert _scores(tmp_path, 0.5) == [(0.9, 0), (0.8, 0)]
+    assert _scores(tmp_path, boxes_per_image=0.5) == [(0.9, 0)]
+    with pytest.raises(InputError, match="have no localization scores or lack some"):
+        load_pseudo_labels(tmp_path, 0.5, localization_thresh=0.7)
 
 
 def test_no_pseudo_labels_there(tmp_path):

@@ -81,6 +81,8 @@ def test_one_threshold_or_one_by_class():
         ({"score_thresh": 0.5, "boxes_per_image": float("inf")}, "above 0"),
         ({"score_thresh": 0.5, "ignore_score_thresh": 0.04}, r"0\.04 is outside \[0\.05, 1\]"),
         ({"score_thresh": 0.5, "boxes_per_image": 2, "ignore_score_thresh": 0.04}, "outside"),
+        ({"score_thresh": 0.5, "localization_thresh": 1.5}, r"a number in \[0, 1\], not 1\.5"),
+        ({"score_thresh": 0.5, "localization_thresh": 0.5}, r"SELFTRAIN\.TTA\.FLIP True"),
         ({"score_thresh": 0.5, "ignore_score_thresh": 0.5}, r"from a score of 0\.5 on .* from 0\.5 on"),
         ({"score_thresh": 0.5, "ignore_score_thresh": {"car": 0.1, "dog": 0.1}}, "'tree' has no score"),
     ],
@@ -108,6 +110,10 @@ def test_from_config():
     cfg.SELFTRAIN.IGNORE_SCORE_THRESH = 0.25
     assert selection_from_config(cfg, CLASSES) == {**chosen, "ignore_score_thresh": 0.25}
     assert selection_in_words(cfg).endswith(", the best 5 of an image (others of 0.25 or more ignored)")
+    cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.7
+    assert selection_from_config(cfg, CLASSES)["localization_thresh"] == 0.7
+    assert "(dog 0.8), on whose place the teacher's views agree to 0.7, the best" in selection_in_words(cfg)
+    cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.0
     cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("dog", 0.8, "car")
     with pytest.raises(InputError, match="'car' stands alone"):
         selection_from_config(cfg, CLASSES)
@@ -122,8 +128,11 @@ def test_what_may_be_ignored():
         {"score_thresh": {"car": 0.3, "dog": 0.7, "tree": 0.3}, "ignore_score_thresh": 0.5},
         {"score_thresh": 0.5, "top_k": 1, "ignore_score_thresh": 0.5},
         {"score_thresh": 0.5, "boxes_per_image": 2, "ignore_score_thresh": 0.5},
+        {"score_thresh": 0.5, "localization_thresh": 0.5, "ignore_score_thresh": 0.5},
     ):
-        resolve_thresholds(MANIFEST, **arguments)
+        resolve_thresholds({**MANIFEST, "views": 2}, **arguments)
     masks = {"stuff_classes": CLASSES, "score_floor": 0.05}
     with pytest.raises(InputError, match=r"are masks.*IGNORE_SCORE_THRESH at 0"):
         resolve_thresholds(masks, 0.5, ignore_score_thresh=0.2)
+    with pytest.raises(InputError, match=r"are masks.*LOCALIZATION_THRESH at 0"):
+        resolve_thresholds(masks, 0.5, localization_thresh=0.2)
