@@ -2,14 +2,14 @@
 
     python docs/evidence/draw_labeled.py train.json images --labeled 80 --seeds 0 1 2 3 4 --output data/playing_cards
 
-The draw is that of `selftrain-d2 splits --stratified`: the first N images of the order of its seed.
+The draw is that of `selftrain-d2 self-train --draw`. A grid, which runs single commands, needs a folder of each part.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from selftrain_d2.data.splits import make_splits
+from selftrain_d2.data.labeled_draw import draw_labeled
 
 
 def main():
@@ -22,24 +22,12 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    coco = json.loads(args.json.read_text())
-    percent = f"{100 * args.labeled / len(coco['images']):.6f}".rstrip("0").rstrip(".")
     for seed in args.seeds:
-        folder = args.output / f"seed_{seed}"
-        make_splits(args.json, folder / "splits", [percent], seed=seed, stratified=True)
-        labeled = json.loads((folder / "splits" / f"labeled_{percent}.json").read_text())
-        assert len(labeled["images"]) == args.labeled
-        names = {image["file_name"] for image in labeled["images"]}
-        for part, wanted in (("labeled", True), ("unlabeled", False)):
-            images = [image for image in coco["images"] if (image["file_name"] in names) == wanted]
-            ids = {image["id"] for image in images}
-            annotations = [one for one in coco["annotations"] if one["image_id"] in ids]
-            (folder / f"{part}.json").write_text(
-                json.dumps({**coco, "images": images, "annotations": annotations})
-            )
-            (folder / part).mkdir(exist_ok=True)
-            for image in images:
-                link = folder / part / image["file_name"]
+        for file in draw_labeled(args.json, args.output / f"seed_{seed}", args.labeled, seed):
+            folder = file.with_suffix("")
+            folder.mkdir(exist_ok=True)
+            for image in json.loads(file.read_text())["images"]:
+                link = folder / image["file_name"]
                 if not link.exists():
                     link.symlink_to((args.images / image["file_name"]).resolve())
 

@@ -14,6 +14,11 @@ goes on from there and redoes nothing that is finished. summary.md and summary.j
     selftrain-d2 self-train --task segmentation --config-file aerial_digits/segmentor_lite0_128.yaml \\
         --classes background road tree --labeled-images photos --labeled-masks masks \\
         --unlabeled-images more_photos --val-images val_photos --val-masks val_masks --output output
+
+Does self-training gain on data like yours? Label all, draw a few anew for each seed, and withhold the other labels:
+
+    selftrain-d2 self-train --config-file neon_trees/lite0_256.yaml --labels my_yolo/data.yaml \\
+        --draw 20 --seeds 0 1 2 3 4 --control --oracle --output output
 """
 
 from __future__ import annotations
@@ -36,7 +41,13 @@ from selftrain_d2.cli.label_arguments import add_labels_argument, add_val_labels
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.pipeline import self_train
-from selftrain_d2.engine.seeds import seed_folder, seeds_to_markdown, self_train_seeds, with_seed
+from selftrain_d2.engine.seeds import (
+    seed_folder,
+    seeds_to_markdown,
+    self_train_seeds,
+    with_draw,
+    with_seed,
+)
 from selftrain_d2.engine.summary import to_markdown
 from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.errors import InputError
@@ -71,7 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--unlabeled-images",
-        required=True,
         nargs="+",
         metavar="PLACE",
         help="images without labels: folders, lists (.txt), COCO files (.json), tar archives; those among them that "
@@ -144,6 +154,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the loop for each of these seeds, in DIR/seed_N, and sum up means and intervals; before another "
         "--argument",
     )
+    parser.add_argument(
+        "--draw",
+        type=int,
+        metavar="N",
+        help="with --seeds: each seed draws N of the labeled images; the others are its unlabeled images, and their "
+        "labels are withheld (--oracle has them)",
+    )
     add_jobs_arguments(parser, "seeds")
     parser.add_argument("--one-seed", type=int, help=argparse.SUPPRESS)  # of --seeds: what --jobs starts
     parser.add_argument(
@@ -182,10 +199,14 @@ def run(args: argparse.Namespace) -> None:
         "processes": processes_of(args),
     }
     if args.one_seed is not None:
-        self_train(with_seed(cfg, args.one_seed), task, seed_folder(args.output, args.one_seed), **options)
+        seed = args.one_seed
+        task = task if args.draw is None else with_draw(task, args.output, seed, args.draw)
+        self_train(with_seed(cfg, seed), task, seed_folder(args.output, seed), **options)
     elif seeds:
         run_all = functools.partial(run_seeds, args.words, args.output, devices) if devices.jobs > 1 else None
-        summary = self_train_seeds(cfg, task, args.output, seeds, run_all, jobs=devices.jobs, **options)
+        summary = self_train_seeds(
+            cfg, task, args.output, seeds, run_all, jobs=devices.jobs, draw=args.draw, **options
+        )
         print("\n" + seeds_to_markdown(summary))
     else:
         print("\n" + to_markdown(self_train(cfg, task, args.output, **options)))
@@ -228,7 +249,7 @@ def _take_labels(args: argparse.Namespace) -> None:
     for name, other in (("--labels", args.labeled_json), ("--val-labels", args.val_labels and args.val_json)):
         if other is not None:
             raise InputError(f"{name} takes COCO JSON as well: leave the other argument out.")
-    for place in filter(os.path.isdir, args.unlabeled_images):  # before anything is written there
+    for place in filter(os.path.isdir, args.unlabeled_images or []):  # before anything is written there
         check_outside(args.output, place)
     labeled, validation = labels_as_coco(
         Path(args.output, "labels"),
@@ -245,12 +266,34 @@ def _take_labels(args: argparse.Namespace) -> None:
         args.val_json, args.val_images = validation
 
 
+def _check_draw(args: argparse.Namespace) -> None:
+    """Raise InputError where ``--draw`` does not go with other arguments, or unlabeled images are missing."""
+    if args.draw is None:
+        if not args.unlabeled_images:
+            raise InputError(
+                "--unlabeled-images is missing: the images without labels; or draw them from the labeled ones with "
+                "--draw N --seeds 0 1 2."
+            )
+        return
+    if args.task != "detection":
+        raise InputError("--draw goes with --task detection.")
+    if args.seeds is None and args.one_seed is None:
+        raise InputError("--draw draws labeled images for each of several seeds: give --seeds.")
+    for name in ("unlabeled_images", "unlabeled_root", "unlabeled_truth_json"):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--draw takes the labeled images that are not drawn as the unlabeled ones: leave "
+                f"--{name.replace('_', '-')} out."
+            )
+
+
 def _task(args: argparse.Namespace) -> Task:
     """The task with its data.
 
     Raises:
         InputError: an argument is missing, or is one of the other task.
     """
+    _check_draw(args)
     if args.labels is not None or args.val_labels is not None:
         _take_labels(args)
     if args.labeled_images is None:
@@ -267,5 +310,5 @@ def _task(args: argparse.Namespace) -> Task:
                 values[field] = value
             elif value is not None:
                 raise InputError(f"{argument} goes with --task {task}, not with {args.task}.")
-    images = args.labeled_images, args.unlabeled_images, args.val_images, args.unlabeled_root
+    images = args.labeled_images, args.unlabeled_images or [], args.val_images, args.unlabeled_root
     return TASKS[args.task](*images, **values)

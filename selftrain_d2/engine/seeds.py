@@ -8,12 +8,13 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
+from selftrain_d2.data.labeled_draw import draw_labeled
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.engine.findings import (
     difference,
@@ -27,6 +28,7 @@ from selftrain_d2.engine.logs import duration
 from selftrain_d2.engine.pipeline import SEED_FOLDER, checked_loop, self_train
 from selftrain_d2.engine.summary import SUMMARY, SUMMARY_MARKDOWN
 from selftrain_d2.engine.tasks import TASKS, Task
+from selftrain_d2.engine.tasks.detection import Detection
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, write_json, write_text, writing
 
@@ -47,6 +49,7 @@ def self_train_seeds(
     run_all: RunAll | None = None,
     *,
     jobs: int = 1,
+    draw: int | None = None,
     control: bool = False,
     keep_going: bool = False,
     **options: Any,
@@ -61,6 +64,7 @@ def self_train_seeds(
         seeds: at least one, each once.
         run_all: how to run them; by default one after the other in this process.
         jobs: how many ``run_all`` runs at a time, for the time that is left.
+        draw: each seed has a draw of its own of so many labeled images, see :func:`with_draw`; None: all have all.
 
     Returns:
         The summary; see :func:`sum_up`.
@@ -74,7 +78,8 @@ def self_train_seeds(
             f"{output} holds a run of one seed: choose another output folder for --seeds, or leave --seeds out "
             "to go on."
         )
-    checked_loop(with_seed(cfg, seeds[0]), task, seed_folder(output, seeds[0]), **options)
+    tasks = {seed: task if draw is None else with_draw(task, output, seed, draw) for seed in seeds}
+    checked_loop(with_seed(cfg, seeds[0]), tasks[seeds[0]], seed_folder(output, seeds[0]), **options)
     runs: dict[int, dict[str, Any]] = {}
 
     def finished(seed: int) -> None:
@@ -84,7 +89,7 @@ def self_train_seeds(
     def one_after_the_other(seeds: Sequence[int], finished: Callable[[int], None]) -> None:
         for seed in seeds:
             logger.info(f"Seed {seed}: {seed_folder(output, seed)}")
-            arguments = with_seed(cfg, seed), task, seed_folder(output, seed)
+            arguments = with_seed(cfg, seed), tasks[seed], seed_folder(output, seed)
             self_train(*arguments, control=control, keep_going=keep_going, **options)
             finished(seed)
 
@@ -94,6 +99,8 @@ def self_train_seeds(
     with contextlib.closing(lock):
         (run_all or one_after_the_other)(seeds, finished)
         summary = sum_up([runs[seed] for seed in seeds])
+        if draw is not None:
+            summary["drawn"] = draw
         write_text(output / SUMMARY_MARKDOWN, seeds_to_markdown(summary))
         write_json(output / SUMMARY, summary)
     logger.info(f"Results of all seeds: {output / SUMMARY_MARKDOWN}")
@@ -106,6 +113,29 @@ def with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     cfg.defrost()
     cfg.SEED = seed
     return cfg
+
+
+def with_draw(task: Detection, output: str | os.PathLike, seed: int, number: int) -> Detection:
+    """A task in which some of the labeled images are labeled, drawn by the seed; the others are its unlabeled ones.
+
+    Their labels are withheld: pseudo labels are judged by them, and an oracle is trained on them.
+
+    Args:
+        output: folder of all seeds; the draw is written to ``seed_N/draw``.
+        number: images to draw.
+
+    Raises:
+        InputError: see :func:`~selftrain_d2.data.labeled_draw.draw_labeled`.
+    """
+    folder = seed_folder(output, seed) / "draw"
+    labeled, unlabeled = map(str, draw_labeled(task.labeled_json, folder, number, seed))
+    return replace(
+        task,
+        labeled_json=labeled,
+        unlabeled_images=[unlabeled],
+        unlabeled_root=task.labeled_images,
+        unlabeled_truth_json=unlabeled,
+    )
 
 
 def seed_folder(output: str | os.PathLike, seed: int) -> Path:
@@ -174,6 +204,8 @@ def seeds_to_markdown(summary: Mapping[str, Any]) -> str:
             width = "-" if row["half_width"] is None else f"+- {row['half_width']:.1f}"
             lines.append(f"| {name} | {' | '.join(values)} | {width} |")
     lines += ["", "Intervals by Student's t; differences are taken seed by seed."]
+    if "drawn" in summary:
+        lines.append(f"Each seed has a draw of its own of {summary['drawn']} labeled images.")
     return "\n".join(lines) + "\n"
 
 

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import SMALL_MODEL, assert_refused, make_coco_set
 
 from selftrain_d2.cli import jobs, main
-from selftrain_d2.engine import pipeline
+from selftrain_d2.engine import pipeline, seeds
 
 
 @pytest.fixture
@@ -108,6 +109,50 @@ def test_a_seed_that_fails_is_told_when_the_others_are_done(command, tmp_path, m
     assert not (tmp_path / "output" / "summary.json").exists()
 
 
+def _drawing(command, number="1"):
+    """The command with a draw in place of the unlabeled images, which are those of validation."""
+    command = list(command)
+    place = command.index("--unlabeled-images")
+    command[place : place + 2], images = ["--draw", number, "--oracle", "--control"], command[place + 1]
+    command[command.index("--val-images") + 1] = images
+    command[command.index("--val-json") + 1] = str(Path(images).with_name("labels.json"))
+    return command
+
+
+def test_each_seed_has_its_own_draw(command, tmp_path, monkeypatch):
+    tasks = {}
+
+    def noted(cfg, task, output, **options):
+        tasks[cfg.SEED] = task
+        stages = {"student": {"metrics": {"bbox": {"AP": 1.0}}, "seconds": 60.0}}
+        stages["pseudo_labels"] = {"boxes": 4, "images": 2, "skipped": 0, "seconds": 60.0}
+        summary = {"task": "detection", "seed": cfg.SEED, "score_thresh": 0.5, "stages": stages}
+        (output / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(seeds, "self_train", noted)
+    command[5:6] = map(str, range(1, 6))
+    assert main(_drawing(command)) == 0  # the checks of the first seed are made, also those of --oracle
+    drawn = set()
+    for seed, task in tasks.items():
+        labeled = [image["file_name"] for image in json.loads(Path(task.labeled_json).read_text())["images"]]
+        assert task.labeled_json == str(tmp_path / "output" / f"seed_{seed}" / "draw" / "labeled.json")
+        assert sorted([*labeled, *task.unlabeled.file_names]) == ["001.png", "002.png", "003.png"]
+        assert task.unlabeled_truth_json == task.labeled_json.replace("labeled.json", "unlabeled.json")
+        drawn.add(tuple(labeled))
+    assert len(tasks) == 6 and len(drawn) > 1 and all(len(labeled) == 1 for labeled in drawn)
+    summary = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert summary["drawn"] == 1
+    assert "a draw of its own of 1 labeled images" in (tmp_path / "output" / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_drawn_loop_to_its_end(command, tmp_path):
+    assert main(_drawing([*command[:5], *command[6:]])) == 0  # seed 0 alone
+    summary = json.loads((tmp_path / "output" / "seed_0" / "summary.json").read_text())
+    assert {"teacher", "pseudo_labels", "student", "control", "oracle"} <= summary["stages"].keys()
+    assert summary["stages"]["pseudo_labels"]["images"] == 2 and "pseudo_label_quality" in summary
+
+
 def _seeds_before_the_keys(command):
     keys = command.index("MODEL.DEVICE")
     return [*command[:3], *command[6:keys], "--seeds", "0", *command[keys:]]
@@ -122,6 +167,10 @@ def _seeds_before_the_keys(command):
         (lambda c: [*c[:3], "--jobs", "2", *c[6:]], "give --seeds"),
         (lambda c: [*c[:3], "--jobs", "0", *c[3:]], "--jobs must be at least 1"),
         (lambda c: [*c[:3], "--oracle", *c[3:]], "--oracle trains on the truth of the unlabeled images"),
+        (lambda c: [*c[:3], "--draw", "1", *c[3:]], "leave --unlabeled-images out"),
+        (lambda c: _drawing([*c[:3], *c[6:]]), "--draw draws labeled images for each of several seeds"),
+        (lambda c: _drawing(c, "3"), "Of the 3 images of"),
+        (lambda c: [w for w in _drawing(c) if w not in ("--draw", "1")], "--unlabeled-images is missing"),
     ],
 )  # fmt: skip
 def test_mistakes(command, tmp_path, capsys, change, fragment):
