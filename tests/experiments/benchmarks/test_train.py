@@ -27,8 +27,13 @@ def test_every_contestant_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     results = benchmark_train.run(rounds=1)
     speeds = results["speed"]["efficientnet-b0"]
-    assert len(speeds) == 4 and all(s["median"] > 0 for s in speeds.values())
+    assert len(speeds) == 5 and all(s["median"] > 0 for s in speeds.values())
     assert results["time_ratio"]["efficientnet-b0"][benchmark_train.SUPERVISED]["median"] == 1
+    moving = benchmark_train.MOVING_TEACHER
+    shown = results["moving_teacher_ratio"]["efficientnet-b0"]["median"]
+    one_step = speeds[benchmark_train.ONE_FORWARD]["median"]
+    assert shown == pytest.approx(one_step / speeds[moving]["median"])  # of one round
+    assert f"takes {shown:.2f}" in results["table"]
     rates = results["tflops"]["efficientnet-b0"]
     # The same network on the same images: rates differ as speeds do.
     one, two = benchmark_train.ONE_FORWARD, benchmark_train.TWO_FORWARDS
