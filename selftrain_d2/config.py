@@ -161,8 +161,8 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # Pseudo boxes on whose place the teacher's views (SELFTRAIN.TTA) agree less, as a mean IoU, are not trained on. 0:
     # off.
     cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.0
-    # True: the losses of anchors or locations that a pseudo box is matched with are times its score. False: as in
-    # the paper.
+    # True: the losses of anchors, locations or proposals that a pseudo box is matched with are times its score. False:
+    # as in the paper.
     cfg.SELFTRAIN.SCORE_WEIGHTED = False
     # Pseudo boxes of at least this score that are not trained on are neither objects nor background. 0: off, they are
     # background, as in the paper.

@@ -13,7 +13,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, Semantic
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from selftrain_d2.modeling.meta_arch.box_weights import check_weighs_boxes
+from selftrain_d2.modeling.meta_arch.box_weights import check_weighs_boxes, weighted_losses
 from selftrain_d2.modeling.meta_arch.classification import (
     CLASSIFICATION,
     ClassificationHead,
@@ -82,7 +82,10 @@ class LossesBySource:
         classification_head: None without joint training; see :func:`~.classification.add_classification_head`.
     """
 
-    weighs_boxes = False
+    @property
+    def weighs_boxes(self) -> bool:
+        rpn, heads = (getattr(self, name, None) for name in ("proposal_generator", "roi_heads"))
+        return hasattr(rpn, "losses") and hasattr(heads, "box_predictor")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -122,7 +125,7 @@ class LossesBySource:
             if nothing_valid:
                 samples = [{**x, "sem_seg": torch.zeros_like(x["sem_seg"])} for x in samples]
             ignoring = never_background(self, samples, self.ignore_rule)
-            with get_event_storage().name_scope(source), ignoring:
+            with get_event_storage().name_scope(source), ignoring, weighted_losses(self, samples):
                 losses[source] = super().forward(samples)
             if nothing_valid:
                 losses[source] = without_pixel_losses(losses[source])

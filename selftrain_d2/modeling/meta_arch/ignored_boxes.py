@@ -90,7 +90,7 @@ def never_background(model: nn.Module, samples: Sequence[dict], rule: OverlapRul
             (heads, _proposal_methods(heads, ignored, rule, proposals)),
         ):
             for name, method in methods.items():
-                stack.enter_context(_replaced(part, name, method))
+                stack.enter_context(replaced(part, name, method))
         yield
     if anchors or proposals:
         raise InputError(
@@ -163,7 +163,7 @@ def _proposal_methods(
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, name: str, method: Callable) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, method: Callable) -> Iterator[None]:
     """A method of one module replaced for a while."""
     before = vars(module).get(name)  # None: the class's, which the attribute set here hides
     setattr(module, name, method)

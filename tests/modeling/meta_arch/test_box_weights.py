@@ -14,7 +14,7 @@ from test_dense import _batch, _fcos, _retinanet
 from selftrain_d2.engine.config_checks import check_score_weights
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch import SelfTrainingFCOS, SelfTrainingRetinaNet
-from selftrain_d2.modeling.meta_arch.box_weights import matched_weights
+from selftrain_d2.modeling.meta_arch.box_weights import matched_weights, weighted_losses
 
 
 def _model(kind):
@@ -163,13 +163,79 @@ def test_objects_are_told_by_box_and_class():
     assert matched_weights(boxes[:0], classes[:0], instances[:0]).tolist() == []
 
 
+def _rcnn_batch(weights=None):
+    """Human, pseudo (two boxes), pseudo (none)."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for source, number in (("human", 1), ("pseudo", 2), ("pseudo", 0)):
+        boxes = torch.tensor([[8.0, 8.0, 40.0, 40.0], [20.0, 4.0, 60.0, 50.0]])[:number]
+        instances = Instances((64, 64), gt_boxes=Boxes(boxes), gt_classes=torch.arange(number))
+        if weights is not None and source == "pseudo":
+            instances.gt_weights = torch.tensor(weights)[:number]
+        image = torch.randint(0, 255, (3, 64, 64), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "label_source": source})
+    return batch
+
+
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
+def test_losses_of_an_rcnn_are_linear_in_the_weight_of_a_box(heads):
+    cascade = {"MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True} if heads.startswith("Cascade") else {}
+    torch.manual_seed(0)
+    model = build_model(
+        small_rcnn_config("SelfTrainingGeneralizedRCNN", MODEL__ROI_HEADS__NAME=heads, **cascade)
+    ).train()
+
+    def losses(weights=None):
+        torch.manual_seed(0)  # of the sampling
+        with EventStorage() as storage:
+            found = model(_rcnn_batch(weights))
+            return {name: loss.item() for name, loss in found.items()}, set(storage.latest())
+
+    (full, logged), (ones, _) = losses(), losses([1.0, 1.0])
+    assert ones == pytest.approx(full, rel=1e-4)
+    (none, _), (quarter, logged_too) = losses([0.0, 1.0]), losses([0.25, 1.0])
+    assert logged == logged_too
+    for name, loss in full.items():
+        if name.endswith("human"):
+            assert none[name] == quarter[name] == loss
+        else:
+            assert none[name] <= loss
+            assert quarter[name] == pytest.approx(none[name] + 0.25 * (loss - none[name]), rel=1e-4, abs=1e-7)
+    changed = {name for name, loss in full.items() if none[name] < loss}
+    assert {"loss_rpn_cls_pseudo", "loss_rpn_loc_pseudo"} < changed and any("box_reg" in n for n in changed)
+
+
+def test_losses_of_three_proposals_by_hand():
+    """Cross-entropy and L1 loss, divided by the number of proposals, whatever their weights."""
+    model = build_model(small_rcnn_config("SelfTrainingGeneralizedRCNN", MODEL__ROI_HEADS__NUM_CLASSES=2))
+    predictor = model.roi_heads.box_predictor
+    predictor.box2box_transform.weights, predictor.loss_weight = (1.0, 1.0, 1.0, 1.0), {}
+    predictor.smooth_l1_beta = 0.0
+    objects = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])))
+    objects.gt_classes, objects.gt_weights = torch.tensor([1, 0]), torch.tensor([0.3, 0.8])
+    proposals = Instances(
+        (64, 64), proposal_boxes=Boxes(torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [0, 0, 5, 5]]))
+    )
+    proposals.gt_classes = torch.tensor([1, 0, 2])  # the last is background
+    proposals.gt_boxes = Boxes(objects.gt_boxes.tensor[[0, 1, 0]])
+    scores = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    deltas = torch.zeros(3, 8)
+    deltas[0, 4:], deltas[1, :4] = 0.1, 0.2  # of their classes; the boxes fit, so all targets are 0
+    with EventStorage(), weighted_losses(model, [{"instances": objects}]):
+        found = predictor.losses((scores, deltas), [proposals])
+    p = np.exp(scores.numpy()) / np.exp(scores.numpy()).sum(axis=1, keepdims=True)
+    of_class = -(0.3 * np.log(p[0, 1]) + 0.8 * np.log(p[1, 0]) + np.log(p[2, 2])) / 3
+    assert found["loss_cls"].item() == pytest.approx(of_class, rel=1e-5)
+    assert found["loss_box_reg"].item() == pytest.approx((0.3 * 4 * 0.1 + 0.8 * 4 * 0.2) / 3, rel=1e-5)
+
+
 def test_weights_are_refused_where_no_loss_knows_them():
-    cfg = small_rcnn_config("SelfTrainingGeneralizedRCNN", SELFTRAIN__SCORE_WEIGHTED=True)
+    cfg = small_rcnn_config("SelfTrainingSemanticSegmentor", SELFTRAIN__SCORE_WEIGHTED=True)
     model = build_model(cfg)
     instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 60.0, 60.0]])))
     instances.gt_classes, instances.gt_weights = torch.tensor([0]), torch.tensor([0.5])
     sample = {"image": torch.zeros(3, 96, 96), "instances": instances, "label_source": "pseudo"}
-    message = "SelfTrainingGeneralizedRCNN has no loss of each box .* set SELFTRAIN.SCORE_WEIGHTED False"
+    message = "SelfTrainingSemanticSegmentor has no loss of each box .* set SELFTRAIN.SCORE_WEIGHTED False"
     with pytest.raises(InputError, match=message), EventStorage():
         model([sample])
     check_score_weights(cfg, model)  # a teacher
