@@ -42,6 +42,7 @@ GROUPS = {
         "replay": "replay_batch",
     },
     "Use": {
+        "predict": "predict",
         "export-model": "export_model",
     },
     "Weights": {

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from selftrain_d2.config import CONFIGS, add_selftrain_config
 from selftrain_d2.data.augmentation import build_augmentations
+from selftrain_d2.deployment.run import run_config
 from selftrain_d2.engine.config_values import check_values, merge_options, one_line, value_of
 from selftrain_d2.engine.launch import Processes
 from selftrain_d2.errors import InputError
@@ -114,6 +115,36 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logger.warning("Mixed precision needs a GPU: SOLVER.AMP.ENABLED is False.")
         cfg.SOLVER.AMP.ENABLED = False
+    return cfg
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of a run, or ``--config-file``, with ``KEY VALUE ...``; and ``--allow-unsafe``."""
+    parser.add_argument("--config-file", metavar="FILE", help="in place of RUN: a config, with MODEL.WEIGHTS")
+    add_allow_unsafe_argument(parser)
+    # Not two arguments: argparse would give the words after RUN, --format among them, to the second.
+    parser.add_argument(
+        "run_and_opts",
+        nargs="*",
+        metavar="RUN | KEY VALUE",
+        help="the folder of a finished run, then config keys to change, in pairs; all in one place",
+    )
+
+
+def config_of_run(args: argparse.Namespace) -> CfgNode:
+    """The config that the arguments of :func:`add_run_arguments` name, with MODEL.WEIGHTS.
+
+    Raises:
+        InputError: both a run and a config are given, or neither; see :func:`setup_config` and ``run_config``.
+    """
+    has_run = len(args.run_and_opts) % 2 == 1
+    args.opts = args.run_and_opts[has_run:]
+    if has_run == (args.config_file is not None):
+        raise InputError("Give either the folder of a run or --config-file with MODEL.WEIGHTS.")
+    if not has_run:
+        return setup_config(args)
+    cfg = run_config(args.run_and_opts[0], args.allow_unsafe)
+    merge_options(cfg, args.opts)
     return cfg
 
 

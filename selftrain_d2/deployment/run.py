@@ -15,10 +15,13 @@ from selftrain_d2.modeling.checkpoint import FINAL_WEIGHTS, WEIGHT_AVERAGE
 def run_config(folder: str | os.PathLike, allow_unsafe: bool = False) -> CfgNode:
     """The config of a finished run, with its final weights as MODEL.WEIGHTS: the averaged ones, if there are.
 
+    Args:
+        folder: of a run; or the output of self-train, whose last student it is.
+
     Raises:
         InputError: there is no config.yaml or no final checkpoint.
     """
-    folder = Path(folder)
+    folder = _last_student(Path(folder))
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is no folder of a run: it has no config.yaml.")
     places = (folder / WEIGHT_AVERAGE, folder / FINAL_WEIGHTS)
@@ -30,3 +33,13 @@ def run_config(folder: str | os.PathLike, allow_unsafe: bool = False) -> CfgNode
     cfg.merge_from_file(str(folder / "config.yaml"), allow_unsafe=allow_unsafe)
     cfg.MODEL.WEIGHTS = str(weights)
     return cfg
+
+
+def _last_student(folder: Path) -> Path:
+    """The student of the last round in the output folder of self-train; any other folder itself."""
+    if (folder / "config.yaml").is_file():
+        return folder
+    rounds = [(int(p.name[len("round_") :]), p) for p in folder.glob("round_*") if p.name[6:].isdigit()]
+    places = [folder, *(path for _, path in sorted(rounds))]
+    students = [path / "student" for path in places if (path / "student" / "config.yaml").is_file()]
+    return students[-1] if students else folder

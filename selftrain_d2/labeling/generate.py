@@ -95,7 +95,9 @@ def generate_pseudo_labels(
     teacher = SegmentationTeacher(cfg, model) if kind is MASKS else Teacher(cfg, model)
     image_root = absolute_root(image_root)
     identity = {
-        kind.classes_key: _class_names(cfg, thing_classes, extras),
+        kind.classes_key: known_classes(
+            cfg, thing_classes, stored_classes(extras, "classes", "thing_classes")
+        ),
         "teacher_weights_sha256": file_sha256(PathManager.get_local_path(cfg.MODEL.WEIGHTS)),
         "teacher_config_sha256": teacher_config_sha256(cfg),
         "score_floor": score_floor,
@@ -211,9 +213,16 @@ def check_labeling(cfg: CfgNode, score_floor: float, batch_size: int) -> None:
         raise InputError(f"The batch size must be at least 1, not {batch_size}.")
 
 
-def _class_names(cfg: CfgNode, given: Sequence[str] | None, checkpoint: dict[str, Any]) -> list[str]:
-    """Those that the weights carry, else those given, else those of DATASETS.TRAIN."""
-    known = stored_classes(checkpoint, "classes", "thing_classes")
+def known_classes(cfg: CfgNode, given: Sequence[str] | None, known: Sequence[str] | None) -> list[str]:
+    """Names of a model's classes, by id: those that the weights carry, else those given, else DATASETS.TRAIN's.
+
+    Args:
+        given: by the user.
+        known: by the weights.
+
+    Raises:
+        InputError: nobody knows them, or they are not those of the weights, or not as many as the model has.
+    """
     if given:
         check_distinct(given, "--classes")
         if known:

@@ -142,16 +142,23 @@ class ImageReader(Dataset):
     def __getitem__(self, name: str) -> Sample:
         try:
             image = read_image(os.path.join(self.image_root, name), self.image_format)
-            images = [self._resized(image, augmentation) for augmentation in self.augmentations]
+            return make_sample(name, image, self.augmentations)
         except Exception as error:  # Pillow's decoders raise anything on a broken file
             return {"file_name": name, "skipped": f"{type(error).__name__}: {error}"}
-        return {"file_name": name, "height": image.shape[0], "width": image.shape[1], "images": images}
 
-    @staticmethod
-    def _resized(image: np.ndarray, augmentation: T.AugmentationList) -> torch.Tensor:
+
+def make_sample(name: str, image: np.ndarray, augmentations: Sequence[T.AugmentationList]) -> Sample:
+    """The sample of an image (H, W, C) uint8 in the channel order of INPUT.FORMAT.
+
+    Args:
+        augmentations: the resizing at each scale, as ``views.view_augmentations`` gives them.
+    """
+    images = []
+    for augmentation in augmentations:
         view = T.AugInput(image)
         augmentation(view)
-        return image_to_tensor(view.image)
+        images.append(image_to_tensor(view.image))
+    return {"file_name": name, "height": image.shape[0], "width": image.shape[1], "images": images}
 
 
 def read_ahead(cfg: CfgNode, image_root: str, file_names: Sequence[str], batch_size: int) -> Iterator[Sample]:
