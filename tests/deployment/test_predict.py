@@ -116,6 +116,7 @@ def test_a_config_and_weights_in_place_of_a_run(run, photos, tmp_path, capsys):
     assert main([*config, *end, str(outputs[1]), "MODEL.WEIGHTS", f"{run}/model_final.pth"]) == 0
     one, other = ((output / "predictions.json").read_text() for output in outputs)
     assert one == other and len(json.loads(one)) > 5
+    capsys.readouterr()
     assert_refused([*config, *end, str(tmp_path / "out")], capsys, "MODEL.WEIGHTS is empty")
 
 
