@@ -17,7 +17,13 @@ from detectron2.utils import comm
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.cli.dry_run import Plan, files_of_dataset
-from selftrain_d2.cli.image_arguments import add_image_arguments, given_images, images_of
+from selftrain_d2.cli.image_arguments import (
+    add_image_arguments,
+    add_tile_arguments,
+    given_images,
+    images_of,
+    tiles_of,
+)
 from selftrain_d2.data.training_sets import check_registered
 from selftrain_d2.engine.checks import build_without_memory
 from selftrain_d2.engine.launch import run_in_processes
@@ -45,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="class names in the order of training, for weights that do not carry them",
     )
+    add_tile_arguments(parser)
     add_launch_arguments(parser)
     add_config_arguments(parser)
 
@@ -57,6 +64,7 @@ def when_stopped(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> None:
     """Label the images."""
     log_to_console()
+    tiles_of(args)
     cfg = setup_config(args)
     cfg.freeze()
     image_root, file_names = images_of(args)
@@ -68,6 +76,7 @@ def plan(args: argparse.Namespace) -> Plan:
     cfg, plan = setup_config(args), Plan()
     cfg.freeze()
     check_labeling(cfg, args.score_floor, args.batch_size)
+    tiles = tiles_of(args)
     files = given = given_images(args)
     if args.dataset is not None:
         check_registered("--dataset", given)
@@ -80,6 +89,8 @@ def plan(args: argparse.Namespace) -> Plan:
     plan.model(cfg, build_without_memory(cfg))
     plan.weights(cfg)
     plan.say("label", f"{' '.join(given)}{number}, with scores of at least {args.score_floor:g}")
+    if tiles is not None:
+        plan.say("tiles", f"{tiles.size} x {tiles.size} pixels, {tiles.overlap_pixels} of them shared")
     plan.processes(processes_of(args), cfg.MODEL.DEVICE)
     plan.say("output", args.output)
     return plan
@@ -96,5 +107,6 @@ def _label(cfg, image_root, file_names, args) -> None:
         score_floor=args.score_floor,
         batch_size=args.batch_size,
         thing_classes=args.classes,
+        tiles=tiles_of(args),
         allow_unsafe=args.allow_unsafe,
     )

@@ -1,4 +1,7 @@
-"""The arguments that name unlabeled images: a folder, a list, COCO JSON, tar archives, or a registered dataset."""
+"""The arguments that name unlabeled images: a folder, a list, COCO JSON, tar archives, or a registered dataset.
+
+And those on how large images are cut.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from selftrain_d2.data.image_sources import (
     images_of_folder,
     images_of_list,
 )
+from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.errors import InputError
+
+_OVERLAP = 0.2
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +44,38 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="what paths in --image-list (default: the list's folder) and --coco-json are relative to",
     )
+
+
+def add_tile_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add ``--tile`` and ``--overlap``."""
+    parser.add_argument(
+        "--tile",
+        type=int,
+        required=required,
+        metavar="N",
+        help="cut images into tiles of N x N pixels; boxes are those of the whole images"
+        if not required
+        else "side of a tile, in pixels",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        metavar="F",
+        help=f"share of a tile's side that neighbours have in common (default {_OVERLAP})",
+    )
+
+
+def tiles_of(args: argparse.Namespace) -> Tiles | None:
+    """What the arguments of :func:`add_tile_arguments` say.
+
+    Raises:
+        InputError: a number is out of range, or ``--overlap`` is given alone.
+    """
+    if args.tile is None:
+        if args.overlap is not None:
+            raise InputError("--overlap goes with --tile: give the side of a tile as well.")
+        return None
+    return Tiles(args.tile, _OVERLAP if args.overlap is None else args.overlap)
 
 
 def given_images(args: argparse.Namespace) -> list[str]:

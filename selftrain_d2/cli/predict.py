@@ -4,6 +4,7 @@ DIR has predictions.json (COCO results), predictions.csv and pictures; of a vide
 
     selftrain-d2 predict output/student --images photos more/a.jpg --output predictions
     selftrain-d2 predict output/student --images clip.mp4 --output predictions
+    selftrain-d2 predict output/student --images aerial.tif --tile 640 --output predictions
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_run_arguments, config_of_run
+from selftrain_d2.cli.image_arguments import add_tile_arguments, tiles_of
 from selftrain_d2.deployment.detector import Detector
 from selftrain_d2.deployment.predict import predict
 from selftrain_d2.engine.logs import log_to_console
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", nargs="+", metavar="NAME", help="class names by id, for weights that do not carry them"
     )
+    add_tile_arguments(parser)
     add_run_arguments(parser)
 
 
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         config_of_run(args),
         batch_size=args.batch_size,
         class_names=args.classes,
+        tiles=tiles_of(args),
         allow_unsafe=args.allow_unsafe,
     )
     found = predict(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
+import threading
 from typing import IO
 
 import cv2
@@ -18,6 +20,9 @@ from selftrain_d2.data.image_formats import is_camera_raw
 
 #: What reading a file may raise that is the file's fault.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+# In the place of Pillow's limit, which refuses twice as many pixels. OpenCV, which reads JPEG, refuses more than these.
+_LARGE_IMAGE = 2**30
 
 _ORIENTATION = 0x0112  # of EXIF and TIFF
 # Orientation -> how an array (H, W, ...) is turned upright: transposed or not, then cv2.flip's code.
@@ -35,7 +40,7 @@ _SIZE_IN_HEADER = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
-def read_image(file_name: str | os.PathLike, image_format: str) -> np.ndarray:
+def read_image(file_name: str | os.PathLike, image_format: str, large: bool = False) -> np.ndarray:
     """Read an image as detectron2's ``read_image`` does, with three differences.
 
     Orientation is applied once, wherever the file states it (EXIF, a TIFF tag, XMP), and as
@@ -45,6 +50,8 @@ def read_image(file_name: str | os.PathLike, image_format: str) -> np.ndarray:
     Args:
         file_name: a path that detectron2's PathManager knows.
         image_format: as detectron2 has it: RGB, BGR, L, ...
+        large: read images of a billion pixels; by default Pillow's limit against files that say to be huge holds, 179
+            million.
 
     Returns:
         (H, W, C) uint8, upright.
@@ -57,7 +64,11 @@ def read_image(file_name: str | os.PathLike, image_format: str) -> np.ndarray:
     try:
         with PathManager.open(file_name, "rb") as file:
             data = file.read()
-        with open_image(io.BytesIO(data), file_name) as image:
+        with (
+            _limit_lifted() if large else contextlib.nullcontext()
+        ):  # Pillow looks at the size when it opens an image
+            opened = open_image(io.BytesIO(data), file_name)
+        with opened as image:
             pixels = None
             # What is not plain three-channel JPEG is left to Pillow. A file cut short has no end marker, and OpenCV
             # would fill it up with grey instead of refusing it.
@@ -73,6 +84,20 @@ def read_image(file_name: str | os.PathLike, image_format: str) -> np.ndarray:
         raise
     except Exception as error:  # Pillow's readers raise anything on a broken file
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+_limit_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _limit_lifted():
+    """Let Pillow open larger images: in all threads, since its limit is one of the module."""
+    with _limit_lock:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _LARGE_IMAGE
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def read_image_size(file_name: str | os.PathLike) -> tuple[int, int]:

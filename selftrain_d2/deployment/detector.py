@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,13 @@ from PIL import Image, ImageOps
 
 from selftrain_d2.data.image_files import UNREADABLE, read_image
 from selftrain_d2.data.pseudo_labels.masks import PixelLabels
+from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.deployment.run import run_config
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.generate import known_classes
 from selftrain_d2.labeling.inference import Sample, Teacher, label_in_order, make_sample, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
+from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
 from selftrain_d2.labeling.views import view_augmentations
 from selftrain_d2.modeling.checkpoint import load_weights, require_complete, require_same_anchors
 
@@ -53,6 +56,7 @@ class Detector:
         batch_size: int = 8,
         channel_order: str = "RGB",
         class_names: Sequence[str] | None = None,
+        tiles: Tiles | None = None,
         allow_unsafe: bool = False,
     ):
         """
@@ -61,11 +65,12 @@ class Detector:
             batch_size: images of one shape per forward pass.
             channel_order: of arrays: "RGB", or "BGR" as OpenCV reads them.
             class_names: by id, for weights that do not carry them.
+            tiles: look at images tile by tile: for those that are larger than the network's input.
             allow_unsafe: load files that can run code.
 
         Raises:
             InputError: there is no finished run; the weights are not those of the config's whole model; unknown
-                classes; another channel order.
+                classes; another channel order; tiles for a model of masks.
         """
         if channel_order not in _ORDERS:
             raise InputError(f"The channel order must be {' or '.join(_ORDERS)}, not {channel_order!r}.")
@@ -78,6 +83,9 @@ class Detector:
         require_complete(report, cfg.MODEL.WEIGHTS)
         require_same_anchors(report, cfg)
         self.class_names = known_classes(cfg, class_names, report.classes)
+        if tiles is not None:
+            check_tiles(tiles, model)
+        self.tiles = tiles
         self.makes_masks = makes_masks(model)
         self._predict = SegmentationTeacher(cfg, model) if self.makes_masks else Teacher(cfg, model)
         self._resizing = view_augmentations(cfg)
@@ -98,19 +106,30 @@ class Detector:
         Raises:
             InputError: see :meth:`__call__`.
         """
-        samples = (make_sample("", self._pixels(image), self._resizing) for image in images)
-        for _, prediction in self._in_order(samples):
+        pictures = ({"file_name": "", "pixels": self._pixels(image)} for image in images)
+        if self.tiles is None:
+            pictures = (make_sample("", picture["pixels"], self._resizing) for picture in pictures)
+        for _, prediction in self._in_order(pictures):
             yield prediction
 
     def files(self, image_root: str, file_names: Sequence[str]) -> Iterator[tuple[Sample, Prediction | str]]:
         """Samples of files (``file_name``, ``height``, ``width``) and their detections, in the order of the names.
 
-        Files are read by DATALOADER.NUM_WORKERS processes; of one that cannot be read comes the reason instead.
+        Files are read by DATALOADER.NUM_WORKERS processes, with tiles by a thread; of one that cannot be read comes the
+        reason instead.
         """
-        yield from self._in_order(read_ahead(self.cfg, image_root, file_names, self.batch_size))
+        if self.tiles is None:
+            yield from self._in_order(read_ahead(self.cfg, image_root, file_names, self.batch_size))
+        else:
+            yield from self._in_order(read_pictures(image_root, file_names, self.cfg.INPUT.FORMAT))
 
     def _in_order(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Any]]:
-        return label_in_order(
+        label = label_in_order
+        if self.tiles is not None:
+            label = functools.partial(
+                label_tiles_in_order, tiles=self.tiles, augmentations=self._resizing, progress=True
+            )
+        return label(
             samples,
             self._predict,
             self.batch_size,
@@ -126,7 +145,7 @@ class Detector:
         wanted = self.cfg.INPUT.FORMAT
         if isinstance(image, (str, os.PathLike)):
             try:
-                return read_image(image, wanted)
+                return read_image(image, wanted, large=self.tiles is not None)
             except UNREADABLE as error:
                 raise InputError(f"Image {os.fspath(image)} cannot be read: {error}.") from error
         if isinstance(image, Image.Image):

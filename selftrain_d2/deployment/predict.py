@@ -67,7 +67,8 @@ def predict(
                 continue
             files.add(name, prediction)
             if pictures:
-                image = read_image(os.path.join(source.image_root, name), "RGB")
+                path = os.path.join(source.image_root, name)
+                image = read_image(path, "RGB", large=detector.tiles is not None)
                 write_picture(output, name, drawn(image, prediction, detector.class_names, score_thresh))
         if len(skipped) == len(source.file_names):
             name, reason = next(iter(skipped.items()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import logging
@@ -25,10 +27,12 @@ from selftrain_d2.data.image_sources import absolute_root, check_distinct
 from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
 from selftrain_d2.data.pseudo_labels.shards import BOXES
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
-from selftrain_d2.labeling.views import number_of_views
+from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
+from selftrain_d2.labeling.views import number_of_views, view_augmentations
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
     file_sha256,
@@ -49,6 +53,7 @@ def generate_pseudo_labels(
     score_floor: float = 0.05,
     batch_size: int = 8,
     thing_classes: Sequence[str] | None = None,
+    tiles: Tiles | None = None,
     allow_unsafe: bool = False,
 ) -> dict[str, Any]:
     """Label images with a trained detector or segmentor and write a pseudo-label folder.
@@ -69,6 +74,7 @@ def generate_pseudo_labels(
             change their scores.
         thing_classes: class names by contiguous id, for weights that do not carry them; where these do, they must be
             the same. By default those in the checkpoint, else those of DATASETS.TRAIN.
+        tiles: look at images tile by tile; the boxes are in pixels of the images, each object once.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
 
     Returns:
@@ -76,7 +82,8 @@ def generate_pseudo_labels(
 
     Raises:
         InputError: no weights, or not those of the whole model; unknown classes; an image listed twice; a teacher
-            that makes no boxes; ``output`` holds pseudo labels of another teacher, other images or another floor.
+            that makes no boxes, or with ``tiles`` masks; ``output`` holds pseudo labels of another teacher, other
+            images, another floor or other tiles.
     """
     check_labeling(cfg, score_floor, batch_size)
     check_distinct(file_names, "The list of images")
@@ -91,6 +98,8 @@ def generate_pseudo_labels(
         checkpointer.report, cfg.MODEL.WEIGHTS
     )  # a head without training finds nothing, in silence
     require_same_anchors(checkpointer.report, cfg)
+    if tiles is not None:
+        check_tiles(tiles, model)
     kind = MASKS if makes_masks(model) else BOXES
     teacher = SegmentationTeacher(cfg, model) if kind is MASKS else Teacher(cfg, model)
     image_root = absolute_root(image_root)
@@ -101,6 +110,7 @@ def generate_pseudo_labels(
         "teacher_weights_sha256": file_sha256(PathManager.get_local_path(cfg.MODEL.WEIGHTS)),
         "teacher_config_sha256": teacher_config_sha256(cfg),
         "score_floor": score_floor,
+        "tiles": None if tiles is None else dataclasses.asdict(tiles),
         "image_root": image_root,
     }
     if comm.is_main_process():
@@ -117,7 +127,7 @@ def generate_pseudo_labels(
 
         labeling_start = time.perf_counter()
         shards = missing[comm.get_rank() :: comm.get_world_size()]
-        _label_shards(cfg, teacher, image_root, writer, shards, batch_size)
+        _label_shards(cfg, teacher, image_root, writer, shards, batch_size, tiles)
         comm.synchronize()
         if not comm.is_main_process():
             return writer.manifest
@@ -150,11 +160,11 @@ def _label_shards(
     writer: PseudoLabelWriter,
     shards: Sequence[int],
     batch_size: int,
+    tiles: Tiles | None,
 ) -> None:
     """Label and write some shards, one after the other, while images of the next are read."""
     numbers = [len(writer.shard_range(shard)) for shard in shards]
     names = [writer.file_names[i] for shard in shards for i in writer.shard_range(shard)]
-    samples = read_ahead(cfg, image_root, names, batch_size)
     makes_rows = {}
     if isinstance(teacher, SegmentationTeacher):
         # A mask is written when it is made: those of a shard are large together.
@@ -162,10 +172,20 @@ def _label_shards(
             "labeled_row": lambda sample, labels: writer.write_mask(sample["file_name"], labels),
             "skipped_row": make_mask_row,
         }
+    if tiles is None:
+        samples = read_ahead(cfg, image_root, names, batch_size)
+        label = functools.partial(label_in_order, **makes_rows)
+    else:
+        samples = read_pictures(image_root, names, cfg.INPUT.FORMAT)
+        label = functools.partial(
+            label_tiles_in_order,
+            tiles=tiles,
+            augmentations=view_augmentations(cfg),
+            progress=comm.is_main_process(),
+        )
     # Shards share no batch: so the rows of a shard are the same whatever was labeled before it, and where.
     rows = itertools.chain.from_iterable(
-        label_in_order(itertools.islice(samples, number), teacher, batch_size, **makes_rows)
-        for number in numbers
+        label(itertools.islice(samples, number), teacher, batch_size) for number in numbers
     )
     if comm.is_main_process():
         rows = iter(tqdm(rows, desc="pseudo labels", unit="image", total=len(names)))
