@@ -16,6 +16,7 @@ from selftrain_d2.data.loader import build_selftrain_train_loader
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
+from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.deployment.detector import Detector
 from selftrain_d2.engine import LossNormalizer, SelfTrainingTrainer
 from selftrain_d2.errors import InputError
@@ -30,6 +31,7 @@ __all__ = [
     "LossNormalizer",
     "SelfTrainingDatasetMapper",
     "SelfTrainingTrainer",
+    "Tiles",
     "add_selftrain_config",
     "build_augmentations",
     "build_selftrain_train_loader",

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import assert_refused, make_coco_set
+from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +107,9 @@ def large(tmp_path):
     return coco
 
 
+LABELS_OF_TILES = ["--labels", "{}/labels.json", "--labeled-images", "{}/images"]
+
+
 def command(large, output, *more):
     return ["labels", "tile", large.json_file, str(output), "--images", large.images, "--tile", "64", *more]
 
@@ -123,6 +126,9 @@ def test_files(large, tmp_path, capsys):
         expected = cv2.imread(f"{large.images}/{image['source']}")[y0:y1, x0:x1]
         np.testing.assert_array_equal(cv2.imread(f"{output}/images/{image['file_name']}"), expected)
     assert (output / "images" / "deep" / "c.jpg_52_0.png").is_file()  # 64 - 12 of overlap
+    train = ["train", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml", "--dry-run", *LABELS_OF_TILES]
+    words = [word.format(output) for word in train] + [*SMALL_MODEL, "SELFTRAIN.IGNORE_CROWD", "True"]
+    assert main([*words, "OUTPUT_DIR", str(tmp_path / "run")]) == 0
 
 
 def test_stopped_and_gone_on(large, tmp_path, capsys, monkeypatch):

@@ -12,10 +12,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from selftrain_d2 import Detector, InputError, generate_pseudo_labels, load_pseudo_labels
+from selftrain_d2 import Detector, InputError, Tiles, generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
-from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.deployment import pictures
 from selftrain_d2.labeling.tiles import check_tiles, read_pictures
 
@@ -113,6 +112,8 @@ def test_label_writes_them_into_the_store_and_goes_on(run, images, tmp_path, cap
     output = tmp_path / "labels"
     start = ["label", "--config-file", f"{run}/config.yaml", "--images", str(images), "--output", str(output)]
     end = [*CLASSES, "--score-floor", "0.001", "MODEL.WEIGHTS", f"{run}/model_final.pth"]
+    assert main([*start, *TILES, "--dry-run", *end]) == 0 and not output.exists()
+    assert "96 x 96 pixels, 24 of them shared" in capsys.readouterr().out
     assert main([*start, *TILES, *end]) == 0
     labels = {d["image_id"]: d for d in load_pseudo_labels(output, 0.001)}
     large = labels["large.png"]
