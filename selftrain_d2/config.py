@@ -127,6 +127,17 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # float16 (detectron2's) or bfloat16, where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
+    # ---- Checkpoints and evaluation -------------------------------------------------------------
+    # Of the checkpoints of every SOLVER.CHECKPOINT_PERIOD steps only the last so many stay, beside model_final.pth. 0:
+    # all. With 1, a damaged last checkpoint leaves none to resume from.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+    # A metric of the evaluation on DATASETS.TEST, as metrics.json names it ("bbox/AP", "sem_seg/mIoU",
+    # "validation/loss"; with several datasets "NAME/bbox/AP"): the best weights of all that are evaluated, every
+    # TEST.EVAL_PERIOD steps and at the end, are kept in OUTPUT_DIR/best/model_best.pth. "": none.
+    cfg.TEST.BEST_METRIC = ""
+    # With every evaluation also the training loss on DATASETS.TEST, without augmentation ("validation/loss").
+    cfg.TEST.VALIDATION_LOSS = False
+
     # ---- Self-training (Section 3 and Appendix B of the paper) ----------------------------------
     cfg.SELFTRAIN = CfgNode()
     # Weight of the pseudo loss relative to the human loss.
@@ -201,6 +212,10 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # Every so many steps that teacher labels 16 labeled images and is compared with people; one that has become worse
     # gives way to its last good weights. 0: never.
     cfg.SELFTRAIN.TEACHER_CHECK_PERIOD = 100
+    # Which weights of a run label in self-train, and are its student's start: "last", those at the end (the moving
+    # average, where there is one), or "best", by TEST.BEST_METRIC. What a validation set chose looks better on that set
+    # than it is: judge on another.
+    cfg.SELFTRAIN.TEACHER_CHECKPOINT = "last"
     # What the student (and the control) starts from: "teacher" (the paper's), "random", or a checkpoint.
     # Table 10 compares the first two. A larger student (SELFTRAIN.STUDENT) cannot take the teacher's weights.
     cfg.SELFTRAIN.STUDENT_WEIGHTS = "teacher"

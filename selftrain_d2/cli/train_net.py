@@ -118,6 +118,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the last checkpoint in OUTPUT_DIR, if there is one; without, the folder of a run is refused",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    parser.add_argument(
+        "--weight-average",
+        action="store_true",
+        help="with --eval-only: evaluate the moving average that the checkpoint MODEL.WEIGHTS carries "
+        "(SELFTRAIN.WEIGHT_EMA_DECAY)",
+    )
     add_fit_anchors_argument(parser)
     add_launch_arguments(parser)
     add_config_arguments(parser)
@@ -129,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
     cfg = _config(args, Path(LABELS))
     datasets = [dataset.make(*dataset.arguments) for dataset in _datasets(args, cfg)]
     if args.eval_only:
-        evaluate(cfg, datasets, allow_unsafe=args.allow_unsafe, processes=processes_of(args))
+        options = {"allow_unsafe": args.allow_unsafe, "averaged": args.weight_average}
+        evaluate(cfg, datasets, **options, processes=processes_of(args))
     else:
         if args.fit_anchors:
             cfg = with_fitted_anchors(cfg, datasets)
@@ -199,6 +206,8 @@ def _config(args: argparse.Namespace, folder: Path) -> CfgNode:
     cfg.freeze()
     if args.eval_only and not (cfg.DATASETS.TEST and cfg.MODEL.WEIGHTS):
         raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")
+    if args.weight_average and not args.eval_only:
+        raise InputError("--weight-average goes with --eval-only.")
     if args.eval_only and args.fit_anchors:
         raise InputError(
             "--fit-anchors goes with training: weights are evaluated with the anchors that they were trained with, "

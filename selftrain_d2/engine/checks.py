@@ -14,6 +14,7 @@ from selftrain_d2.data.training_sets import check_classes, check_sources, labele
 from selftrain_d2.engine.config_checks import (
     amp_precision,
     check_accumulation_steps,
+    check_best_metric,
     check_number_of_classes,
     check_reference_world_size,
     check_score_weights,
@@ -52,6 +53,7 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
         ):
             check_classes(human, [name for name in names if name not in unread], kind)
         check_number_of_classes(cfg)
+    check_best_metric(cfg)
     check_reference_world_size(cfg, processes)
     check_accumulation_steps(cfg, processes)
     if cfg.SOLVER.AMP.ENABLED:

@@ -94,6 +94,60 @@ def check_test_sets(cfg: CfgNode) -> None:
         )
 
 
+# Of detectron2's evaluators: the metrics of a task; those that each class has too, as in "AP-car".
+_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_METRICS = {
+    "bbox": (_AP, ("AP",)),
+    "segm": (_AP, ("AP",)),
+    "keypoints": (("AP", "AP50", "AP75", "APm", "APl"), ("AP",)),
+    "sem_seg": (("mIoU", "fwIoU", "mACC", "pACC"), ("IoU", "ACC")),
+    "validation": (("loss",), ()),
+}
+
+
+def check_best_metric(cfg: CfgNode) -> None:
+    """Check TEST.BEST_METRIC, and what depends on it, before there is an evaluation.
+
+    Raises:
+        InputError: it is no metric of what the model is evaluated on, there is nothing to evaluate on, or
+            SELFTRAIN.TEACHER_CHECKPOINT "best" has no metric.
+    """
+    metric, datasets = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if not metric:
+        if cfg.SELFTRAIN.TEACHER_CHECKPOINT == "best":
+            raise InputError(
+                "SELFTRAIN.TEACHER_CHECKPOINT is best: set TEST.BEST_METRIC (bbox/AP, say) and TEST.EVAL_PERIOD."
+            )
+        return
+    if not datasets:
+        raise InputError(
+            f"TEST.BEST_METRIC {metric} needs images to evaluate on: give DATASETS.TEST (self-train: --val-images with "
+            "their labels)."
+        )
+    tasks = ["sem_seg"] if is_segmentor(cfg) else ["bbox"]
+    tasks += ["segm"] * bool(cfg.MODEL.MASK_ON) + ["keypoints"] * bool(cfg.MODEL.KEYPOINT_ON)
+    tasks += ["validation"] * bool(cfg.TEST.VALIDATION_LOSS)
+    prefixes = {f"{name}/": name for name in datasets} if len(datasets) > 1 else {"": datasets[0]}
+    for prefix, dataset in prefixes.items():
+        task, _, name = metric[len(prefix) :].partition("/")
+        if metric.startswith(prefix) and task in tasks and _is_metric(name, task, dataset):
+            return
+    examples = ", ".join(f"{next(iter(prefixes))}{task}/{_METRICS[task][0][0]}" for task in tasks)
+    raise InputError(
+        f"TEST.BEST_METRIC is {metric!r}: it must be a metric of the evaluation, such as {examples}."
+    )
+
+
+def _is_metric(name: str, task: str, dataset: str) -> bool:
+    metrics, by_class = _METRICS[task]
+    if task == "validation" and name.startswith("loss_"):  # its parts are the model's
+        return True
+    classes = class_names(dataset) or []
+    if task != "sem_seg" and len(classes) == 1:  # COCO's evaluation has no AP of the only class
+        classes = []
+    return name in (*metrics, *(f"{metric}-{one}" for metric in by_class for one in classes))
+
+
 def check_evaluated_classes(cfg: CfgNode, known: Sequence[str] | None) -> None:
     """Compare the classes of a trained model with those of DATASETS.TEST.
 

@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "SOLVER.CLASSIFICATION_IMS_PER_BATCH": _at_least(0),
     "SOLVER.BASE_LR": _at_least(0.0),
     "SOLVER.CHECKPOINT_PERIOD": _at_least(1),
+    "SOLVER.CHECKPOINTS_TO_KEEP": _at_least(0),
     "SOLVER.LR_SCHEDULER_NAME": _one_of(lambda: LR_SCHEDULERS),
     "SOLVER.MAX_ITER": _at_least(1),
     "SOLVER.MAX_SKIPPED_STEPS": _at_least(0),
@@ -92,6 +93,7 @@ RULES: dict[str, Rule] = {
         lambda value: 1 <= value < float("inf"), lambda: "a number of at least 1"
     ),
     "SELFTRAIN.STAGE": _at_least(-1),
+    "SELFTRAIN.TEACHER_CHECKPOINT": _one_of(lambda: ("last", "best")),
     "SELFTRAIN.REFINE_ITERS": _at_least(0),
     "SELFTRAIN.REFINE_LR_FACTOR": Rule(lambda value: 0 < value < float("inf"), lambda: "a number above 0"),
     "SELFTRAIN.TTA.BOX_VOTING": Rule(lambda value: 0 <= value <= 1, lambda: "an IoU in [0, 1]"),

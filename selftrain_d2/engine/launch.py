@@ -47,6 +47,7 @@ from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows,
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
+from selftrain_d2.engine.validation_loss import ValidationLoss, add_to_results
 from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
 from selftrain_d2.modeling.checkpoint import (
@@ -201,10 +202,15 @@ def evaluate(
     datasets: Sequence[DatasetSpec] = (),
     *,
     allow_unsafe: bool = False,
+    averaged: bool = False,
     processes: Processes | None = None,
 ) -> None:
-    """Evaluate MODEL.WEIGHTS on DATASETS.TEST and log the results."""
-    run_in_processes(_evaluate, processes, (cfg, datasets, allow_unsafe), cfg.MODEL.DEVICE)
+    """Evaluate MODEL.WEIGHTS on DATASETS.TEST and log the results.
+
+    Args:
+        averaged: evaluate the moving average that this checkpoint of training carries.
+    """
+    run_in_processes(_evaluate, processes, (cfg, datasets, allow_unsafe, averaged), cfg.MODEL.DEVICE)
 
 
 def run_in_processes(
@@ -368,18 +374,24 @@ def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_un
             write_json(os.path.join(folder, RESULTS), _finite(results))
 
 
-def _evaluate(cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool) -> dict[str, Any]:
+def _evaluate(
+    cfg: CfgNode, datasets: Sequence[DatasetSpec], allow_unsafe: bool, averaged: bool = False
+) -> dict[str, Any]:
     with writing(cfg.OUTPUT_DIR, NO_ROOM), _run(cfg, datasets):
         if comm.is_main_process() and not checkpoints_in(cfg.OUTPUT_DIR):  # that of a training run stays
             _write_config(cfg)
         check_test_sets(cfg)
         check_evaluation(cfg)
         model = SelfTrainingTrainer.build_model(cfg)
-        report = load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe)
+        report = load_weights(model, cfg.MODEL.WEIGHTS, allow_unsafe, averaged)
         require_complete(report, cfg.MODEL.WEIGHTS)
         require_same_anchors(report, cfg)
         check_evaluated_classes(cfg, report.classes)
         results = SelfTrainingTrainer.test(cfg, model)
+        if cfg.TEST.VALIDATION_LOSS:
+            losses = ValidationLoss(cfg)(model)
+            if comm.is_main_process():
+                add_to_results(results, losses)
         for name, tasks in results_by_set(results if comm.is_main_process() else {}).items():
             for task, metrics in tasks.items():
                 numbers = ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items())

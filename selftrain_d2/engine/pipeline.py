@@ -28,6 +28,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
 from selftrain_d2.engine.anchor_fitting import with_fitted_anchors
 from selftrain_d2.engine.checks import check_training
 from selftrain_d2.engine.config_values import check_values, is_segmentor, merge_options, value_of
+from selftrain_d2.engine.kept_checkpoints import best_of
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,
@@ -51,12 +52,7 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
 from selftrain_d2.labeling.views import number_of_views
-from selftrain_d2.modeling.checkpoint import (
-    FINAL_WEIGHTS,
-    WEIGHT_AVERAGE,
-    file_sha256,
-    require_same_backbone,
-)
+from selftrain_d2.modeling.checkpoint import file_sha256, require_same_backbone, run_weights
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +205,7 @@ class _Loop:
             InputError: see :func:`self_train`.
         """
         teacher = self.teacher_config()
-        weights = _final_weights(teacher)
+        weights = run_weights(teacher)
         student = self.student_config({"weights": os.path.join("teacher", weights)}, 1)
         start = self.cfg.SELFTRAIN.STUDENT_WEIGHTS
         given = {"MODEL.WEIGHTS": teacher.MODEL.WEIGHTS}
@@ -318,7 +314,7 @@ class _Loop:
             summary["labels_of_labeled"] = {"metric": self.task.metrics[0], "by_round": judged}
         if stopped:
             summary["stopped"] = stopped
-        return write_summary(self.output, summary, self.config_of("student"), self.task)
+        return write_summary(self.output, summary, self.config_of(stages["student"]), self.task)
 
     def teacher_config(self) -> CfgNode:
         cfg = self.cfg.clone()
@@ -360,12 +356,12 @@ class _Loop:
         cfg.MODEL.WEIGHTS = {"teacher": str(self.output / teacher["weights"]), "random": ""}.get(start, start)
         return cfg
 
-    def config_of(self, stage: str) -> CfgNode:
+    def config_of(self, stage: Mapping[str, Any]) -> CfgNode:
         """The config that a finished training stage was run with, and the weights it made."""
         cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.merge_from_file(str(self.output / stage / "config.yaml"))
-        cfg.MODEL.WEIGHTS = str(self.output / stage / _final_weights(cfg))
+        cfg.merge_from_file(str(self.output / stage["config"]))
+        cfg.MODEL.WEIGHTS = str(self.output / stage["weights"])
         # How and where to label is not settled by what was trained before.
         cfg.SELFTRAIN = self.cfg.SELFTRAIN.clone()
         cfg.merge_from_list([word for key in PLACE for word in (key, value_of(self.cfg, key))])
@@ -403,8 +399,10 @@ class _Loop:
                 allow_unsafe=self.allow_unsafe,
                 processes=self.processes,
             )
+            best = best_of(cfg.OUTPUT_DIR)
             return {
                 "stage": stage,
+                **({} if best is None else {"best": best}),
                 "steps": cfg.SOLVER.MAX_ITER,
                 "refine_steps": cfg.SELFTRAIN.REFINE_ITERS,
                 "human_images_per_step": cfg.SOLVER.IMS_PER_BATCH,
@@ -415,7 +413,7 @@ class _Loop:
         return {
             **run_stage(self.output / stage, settings, work),
             # Not from the stage's record: relative to a folder that may be moved.
-            "weights": f"{stage}/{_final_weights(cfg)}",
+            "weights": f"{stage}/{run_weights(cfg)}",
             "config": f"{stage}/config.yaml",
         }
 
@@ -469,7 +467,7 @@ class _Loop:
     ) -> Path:
         """Label images below a root, or take what was labeled before."""
         folder = self.output / stage
-        cfg = self.config_of(teacher["stage"])
+        cfg = self.config_of(teacher)
         if weights is not None:
             cfg.MODEL.WEIGHTS = str(self.output / teacher["stage"] / weights)
         logger.info(f"Labeling {images} with {cfg.MODEL.WEIGHTS}")
@@ -492,11 +490,6 @@ class _Loop:
             f"The teacher of round {len(judged)} labels the labeled images worse than that of round {len(judged) - 1} "
             f"({metric} {now:.1f} after {before:.1f}), so that its pseudo labels are likely to be worse as well."
         )
-
-
-def _final_weights(cfg: CfgNode) -> str:
-    """What a training run leaves to label with, below its OUTPUT_DIR."""
-    return WEIGHT_AVERAGE if cfg.SELFTRAIN.WEIGHT_EMA_DECAY else FINAL_WEIGHTS
 
 
 def _label(cfg: CfgNode, images: str, names: list[str], folder: str, score_floor: float) -> None:

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import remove_unfinished, writing
-from selftrain_d2.modeling.checkpoint import FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
+from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
 
 #: File in OUTPUT_DIR with the evaluation at the end of training; written last. ``{task: {metric: value}}``, and with
 #: several names in DATASETS.TEST ``{dataset: {task: {metric: value}}}``.
@@ -44,8 +44,8 @@ def held(folder: str | os.PathLike, check: Callable[[], None] | None = None) -> 
         try:
             if check is not None:
                 check()
-            for part in (folder, *((folder / file).parent for file in (WEIGHT_AVERAGE, MOVING_TEACHER))):
-                remove_unfinished(part)
+            for file in (FINAL_WEIGHTS, WEIGHT_AVERAGE, BEST_WEIGHTS, MOVING_TEACHER):
+                remove_unfinished((folder / file).parent)
         except BaseException:
             lock.close()
             raise

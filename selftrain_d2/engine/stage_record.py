@@ -33,11 +33,14 @@ _KEYS_WITHOUT_EFFECT = (
     "OUTPUT_DIR",
     "MODEL.WEIGHTS",  # by its hash instead
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINTS_TO_KEEP",
     "TEST.EVAL_PERIOD",
+    "TEST.VALIDATION_LOSS",
     "SELFTRAIN.MIN_NONEMPTY_SHARE",
     "SELFTRAIN.MAX_BOXES_RATIO",
     "SELFTRAIN.STUDENT_WEIGHTS",  # by their hash as well
     "SELFTRAIN.STAGE",  # the loop's own
+    "SELFTRAIN.TEACHER_CHECKPOINT",  # by the weights' hash
     "SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES",  # which weights were let pass
     "VERSION",
 )
@@ -113,6 +116,8 @@ def stage_settings(cfg: CfgNode) -> dict[str, Any]:
         known = ["SELFTRAIN.WEIGHT_EMA_DECAY", "SELFTRAIN.REFINE_ITERS"]
         known += ["SELFTRAIN.REFINE_LR_FACTOR"] * bool(cfg.SELFTRAIN.REFINE_ITERS)  # a control's
         flat = {k: v for k, v in flat.items() if not k.startswith("SELFTRAIN.") or k in known}
+    if cfg.TEST.BEST_METRIC:  # which weights are compared
+        flat["TEST.EVAL_PERIOD"] = cfg.TEST.EVAL_PERIOD
     return json.loads(json.dumps(flat))
 
 

@@ -72,6 +72,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
             + f" | {stage['human_images_per_step']} + {stage['pseudo_images_per_step']} | {stage['seconds'] / 60:.1f} |"
         )
     for name, stage in stages.items():
+        if "best" in stage:
+            lines += ["", f"`{name}`: {_best(stage)}."]
         if "metrics" not in stage:
             lines += [
                 "",
@@ -145,6 +147,13 @@ def _thresholds(stage: dict[str, Any]) -> list[str]:
 def _refined(stage: dict[str, Any]) -> str:
     steps = stage.get("refine_steps", 0)  # stages of versions before have none
     return f" (the last {steps} on human labels alone)" if steps else ""
+
+
+def _best(stage: dict[str, Any]) -> str:
+    """How good the best weights of a training stage are."""
+    best = stage["best"]
+    value = "-" if best["value"] is None else f"{best['value']:.4g}"
+    return f"the best weights by {best['metric']} ({value}) are of step {best['steps']} of {stage['steps']}"
 
 
 def _left_out(stage: dict[str, Any]) -> str:

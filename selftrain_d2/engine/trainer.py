@@ -30,6 +30,7 @@ from selftrain_d2.engine.coco_evaluation import RepairedCOCOEvaluator, check_eva
 from selftrain_d2.engine.config_checks import (
     amp_precision,
     check_accumulation_steps,
+    check_best_metric,
     check_number_of_classes,
     check_reference_world_size,
     check_score_weights,
@@ -37,6 +38,7 @@ from selftrain_d2.engine.config_checks import (
 )
 from selftrain_d2.engine.config_values import one_line
 from selftrain_d2.engine.gradient_check import GradientCheck
+from selftrain_d2.engine.kept_checkpoints import BestCheckpoint, LastCheckpoints
 from selftrain_d2.engine.label_monitor import LabelMonitor
 from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
 from selftrain_d2.engine.moving_teacher import build_moving_teacher
@@ -44,9 +46,10 @@ from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.refine import refining_schedule
 from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimizer_options
-from selftrain_d2.engine.run_folder import MOVING_TEACHER
+from selftrain_d2.engine.run_folder import MOVING_TEACHER, on_main_process
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
+from selftrain_d2.engine.validation_loss import ValidationLoss, add_to_results
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
@@ -72,7 +75,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
     With SELFTRAIN.WEIGHT_EMA_DECAY the averaged weights are evaluated, and saved at the end as
     ``OUTPUT_DIR/weight_average/model_final.pth``. With SELFTRAIN.TEACHER "moving_average" pseudo-labeled images get
     their labels in each step (:class:`~selftrain_d2.engine.moving_teacher.MovingTeacher`), from weights that are saved
-    at the end as ``OUTPUT_DIR/moving_teacher/model_final.pth``.
+    at the end as ``OUTPUT_DIR/moving_teacher/model_final.pth``. With TEST.BEST_METRIC the best weights of all that were
+    evaluated are in ``OUTPUT_DIR/best/model_best.pth``.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_unsafe: bool = False):
@@ -93,6 +97,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
+        check_best_metric(cfg)
         if cfg.DATASETS.TEST:  # a mistake is told now, not after training
             check_test_sets(cfg)
             check_evaluation(cfg)
@@ -134,6 +139,11 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.best_checkpoint = self.validation_loss = None
+        if cfg.TEST.BEST_METRIC:
+            self.best_checkpoint = BestCheckpoint(cfg.TEST.BEST_METRIC, cfg.OUTPUT_DIR, self._facts)
+        if cfg.TEST.VALIDATION_LOSS and cfg.DATASETS.TEST:
+            self.validation_loss = ValidationLoss(cfg)
         self.register_hooks(self.build_hooks())
         if self.moving_teacher is not None:
             self._trainer.prepare_batch = self.moving_teacher.label
@@ -165,6 +175,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
             if problem := other_anchors(self.checkpointer.report, self.cfg):
                 logger.warning(f"{problem}: its boxes are learned anew.")
         self.data_loader.batch_sampler.first_batch = self.start_iter
+        if self.best_checkpoint is not None and comm.is_main_process():
+            self.best_checkpoint.begin(self.start_iter)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of a checkpoint to resume from, whose model was loaded just before."""
@@ -197,14 +209,25 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         if labeled_in_the_step(cfg):
             self.moving_teacher = build_moving_teacher(cfg, self.data_loader)
             first.append(self.moving_teacher)
-        # detectron2's EvalHook, with the weights to evaluate.
-        default = [
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, hooks.EvalHook) else hook
-            for hook in super().build_hooks()
-        ]
+        # detectron2's hooks, with the weights to evaluate and the checkpoints to keep.
+        default = [self._hook_in_place_of(hook) for hook in super().build_hooks()]
         writers = [hook for hook in default if isinstance(hook, hooks.PeriodicWriter)]  # none but on rank 0
         others = [hook for hook in default if hook not in writers]
         return [*first, *others, RunState(stage_seed(cfg)), *writers]
+
+    def _hook_in_place_of(self, hook: HookBase) -> HookBase:
+        if isinstance(hook, hooks.EvalHook):
+            return hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        if isinstance(hook, hooks.PeriodicCheckpointer):
+            keys = self.cfg.SOLVER
+            return LastCheckpoints(self.checkpointer, keys.CHECKPOINT_PERIOD, keys.CHECKPOINTS_TO_KEEP)
+        return hook
+
+    def before_train(self) -> None:
+        super().before_train()
+        period, done = self.cfg.TEST.EVAL_PERIOD, self.start_iter
+        if self.best_checkpoint is not None and period and done % period == 0 and 0 < done < self.max_iter:
+            self._evaluate(done)  # the run may have been killed between this checkpoint and its evaluation
 
     def after_train(self) -> None:
         super().after_train()
@@ -218,11 +241,18 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
             checkpointer = SafeDetectionCheckpointer(average.model, folder, **self._facts)
             checkpointer.save(os.path.splitext(name)[0])
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self, steps: int | None = None) -> dict[str, Any]:
         average = self.weight_average
         with average.applied() if average is not None else contextlib.nullcontext():
-            self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+            results = self.test(self.cfg, self.model)
+            losses = None if self.validation_loss is None else self.validation_loss(model_of(self))
+            if losses is not None and comm.is_main_process():
+                add_to_results(results, losses)
+            if self.best_checkpoint is not None:
+                steps = steps or min(self.iter + 1, self.max_iter)
+                on_main_process(lambda: self.best_checkpoint.update(results, steps, model_of(self)))
+        self._last_eval_results = results
+        return results
 
     def _save_batch(self, batch: list[dict], losses: dict[str, float]) -> str:
         try:

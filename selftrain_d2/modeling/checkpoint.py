@@ -20,12 +20,19 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.files import write_text
 from selftrain_d2.modeling.backbone.bottom_up import bottom_up_name
 from selftrain_d2.modeling.backbone.efficientnet import EfficientNet
-from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
+from selftrain_d2.modeling.checkpoint_file import (
+    averaged_weights,
+    file_sha256,
+    read_checkpoint,
+    save_weights,
+    state_dict_of,
+)
 from selftrain_d2.modeling.classes import is_segmentor, stored_classes
 from selftrain_d2.modeling.meta_arch.classification import CLASSIFICATION_HEAD
 from selftrain_d2.modeling.named_weights import load_named
 
 __all__ = [
+    "BEST_WEIGHTS",
     "FINAL_WEIGHTS",
     "WEIGHT_AVERAGE",
     "LoadReport",
@@ -40,13 +47,16 @@ __all__ = [
     "require_same_anchors",
     "require_same_backbone",
     "require_same_model",
+    "run_weights",
 ]
 
 logger = logging.getLogger(__name__)
 
-#: What a finished run leaves below its folder: its weights, and their moving average where it has one.
+#: What a finished run leaves below its folder: its weights; their moving average (SELFTRAIN.WEIGHT_EMA_DECAY), and the
+#: best that were evaluated (TEST.BEST_METRIC), where it has them.
 FINAL_WEIGHTS = "model_final.pth"
 WEIGHT_AVERAGE = os.path.join("weight_average", FINAL_WEIGHTS)
+BEST_WEIGHTS = os.path.join("best", "model_best.pth")
 
 _INPUT_KEYS = {"format", "pixel_mean", "pixel_std"}
 
@@ -90,14 +100,24 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
       fine-tuning to other classes: that is only logged.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, allow_unsafe: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        allow_unsafe: bool = False,
+        averaged: bool = False,
+        **kwargs: Any,
+    ):
         """
         Args:
             model, save_dir, kwargs: of ``DetectionCheckpointer``.
             allow_unsafe: unpickle files that can run any code. Only for trusted sources.
+            averaged: load the moving average that a checkpoint of training carries, in place of its weights.
         """
         super().__init__(model, save_dir, **kwargs)
         self.allow_unsafe = allow_unsafe
+        self.averaged = averaged
         # Of the last successful load.
         self.report: LoadReport | None = None
 
@@ -169,6 +189,9 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             raise InputError(f"Weights {path} do not exist: check MODEL.WEIGHTS.")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if self.averaged:
+            loaded = read_checkpoint(filename, self.allow_unsafe)
+            return {**loaded, "model": averaged_weights(loaded, self._path)}
         named = load_named(self._path, filename, self.allow_unsafe)
         if named is not None:
             return named
@@ -216,20 +239,29 @@ def checkpoints_in(folder: str | os.PathLike) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(os.fspath(folder)), "model_*.pth")))
 
 
-def load_weights(model: nn.Module, path: str, allow_unsafe: bool = False) -> LoadReport:
+def run_weights(cfg: CfgNode) -> str:
+    """The weights that a finished run is used by, below its folder: to label, to predict, as a student's start."""
+    if cfg.SELFTRAIN.TEACHER_CHECKPOINT == "best":
+        return BEST_WEIGHTS
+    return WEIGHT_AVERAGE if cfg.SELFTRAIN.WEIGHT_EMA_DECAY else FINAL_WEIGHTS
+
+
+def load_weights(
+    model: nn.Module, path: str, allow_unsafe: bool = False, averaged: bool = False
+) -> LoadReport:
     """Load weights for inference or as a starting point: nothing but the model's tensors.
 
     Args:
         model: a detector, or a backbone alone.
         path: local file, URL, or a name: ``detectron2://...``, ``timm://...``.
-        allow_unsafe: see :class:`SafeDetectionCheckpointer`.
+        allow_unsafe, averaged: see :class:`SafeDetectionCheckpointer`.
 
     Raises:
         InputError: see :meth:`SafeDetectionCheckpointer.load`; also an empty path.
     """
     if not path:
         raise InputError("MODEL.WEIGHTS is empty: give a file of weights.")
-    checkpointer = SafeDetectionCheckpointer(model, allow_unsafe=allow_unsafe)
+    checkpointer = SafeDetectionCheckpointer(model, allow_unsafe=allow_unsafe, averaged=averaged)
     checkpointer.load(path, checkpointables=[])
     return checkpointer.report
 

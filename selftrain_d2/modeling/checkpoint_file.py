@@ -92,6 +92,29 @@ def state_dict_of(loaded: Any, path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def averaged_weights(loaded: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    """The moving average of the weights (SELFTRAIN.WEIGHT_EMA_DECAY) that a checkpoint of training carries.
+
+    Args:
+        loaded: as returned by :func:`read_checkpoint`.
+        path: named in errors.
+
+    Raises:
+        InputError: it carries none.
+    """
+    place = loaded if isinstance(loaded, dict) else {}
+    for key in ("trainer", "hooks", "WeightAverage"):
+        place = place.get(key) or {}
+    prefix = "module."  # of torch's AveragedModel
+    averages = {name[len(prefix) :]: value for name, value in place.items() if name.startswith(prefix)}
+    if not averages:
+        raise InputError(
+            f"Checkpoint {path} carries no moving average: give one (model_0001999.pth) of a run with "
+            "SELFTRAIN.WEIGHT_EMA_DECAY; weight_average/model_final.pth of such a run is the average itself."
+        )
+    return averages
+
+
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes.
 

@@ -214,7 +214,21 @@ def test_images_of_archives_and_folders_together(command, tmp_path):
 def test_killed_and_started_again(command, tmp_path):
     """A loop killed while the student trains goes on, and the teacher is not trained again."""
     output = tmp_path / "output"
-    command = [*command, "SELFTRAIN.STUDENT", "('SOLVER.MAX_ITER', 12)"]
+    command = [
+        *command,
+        "SELFTRAIN.STUDENT",
+        "('SOLVER.MAX_ITER', 12)",
+        "SELFTRAIN.TEACHER_CHECKPOINT",
+        "best",
+    ]
+    command += [
+        "TEST.BEST_METRIC",
+        "validation/loss",
+        "TEST.VALIDATION_LOSS",
+        "True",
+        "TEST.EVAL_PERIOD",
+        "2",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from selftrain_d2.cli import main; sys.exit(main())", *command],
         stdout=subprocess.DEVNULL,
@@ -234,6 +248,19 @@ def test_killed_and_started_again(command, tmp_path):
     log = (output / "student" / "log.txt").read_text()
     starts = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]
     assert starts[0] == 0 and starts[1] > 0
+
+    # The teacher with the lowest validation loss labeled, and is the student's start.
+    stages = json.loads((output / "summary.json").read_text())["stages"]
+    assert stages["teacher"]["weights"] == "teacher/best/model_best.pth" and stages["teacher"]["best"][
+        "steps"
+    ] in (2, 3)
+    best = file_sha256(output / stages["teacher"]["weights"])
+    assert (
+        json.loads((output / "pseudo_labels" / "manifest.json").read_text())["teacher_weights_sha256"] == best
+    )
+    settings = json.loads((output / "student" / "stage.json").read_text())["settings"]
+    assert settings["weights_sha256"] == best and settings["TEST.EVAL_PERIOD"] == 2
+    assert "`teacher`: the best weights by validation/loss (" in (output / "summary.md").read_text()
 
 
 def test_a_worse_second_round_is_not_made_unless_asked_for(command, tmp_path, monkeypatch, capsys):

@@ -141,7 +141,7 @@ def cities(tmp_path):
 
 def test_every_test_set_is_evaluated_in_a_folder_of_its_own(cities, tmp_path, capsys):
     output = tmp_path / "output"
-    assert main(cities) == 0
+    assert main([*cities, "SELFTRAIN.WEIGHT_EMA_DECAY", "0.5"]) == 0
     results = json.loads((output / "results.json").read_text())
     assert list(results) == ["bonn", "oslo"]
     logged = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()][-1]
@@ -163,7 +163,14 @@ def test_every_test_set_is_evaluated_in_a_folder_of_its_own(cities, tmp_path, ca
 
     capsys.readouterr()
     last = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "again")]
-    assert main([*cities[:3], "--eval-only", *cities[3:], *last]) == 0
+    # The average was evaluated, which the checkpoint carries.
+    assert main([*cities[:3], "--eval-only", "--weight-average", *cities[3:], *last]) == 0
+    for name in results:
+        found, same = (
+            json.loads((folder / "inference" / name / "coco_instances_results.json").read_text())
+            for folder in (output, tmp_path / "again")
+        )
+        assert found == same and found
     printed = capsys.readouterr()
     assert f"oslo, bbox: AP {results['oslo']['bbox']['AP']:.2f}" in printed.out + printed.err
 

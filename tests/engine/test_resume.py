@@ -1,5 +1,6 @@
 """A training process that is killed and resumed ends with the weights of one that was not."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from conftest import SMALL_MODEL, make_coco_set
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS
 
 STEPS = 24
 
@@ -37,7 +39,8 @@ def command(tmp_path):
             *SMALL_MODEL, "DATASETS.TRAIN", "('human',)", "DATASETS.PSEUDO_TRAIN", "('pseudo',)",
             "DATASETS.TEST", "('human',)", "TEST.EVAL_PERIOD", "6", "SOLVER.PSEUDO_IMS_PER_BATCH", "1",
             "INPUT.AUGMENTATION.POLICY", "S4", "MODEL.RETINANET.LOSS_NORMALIZER", "moving_average",
-            "SOLVER.MAX_ITER", str(STEPS), "SOLVER.CHECKPOINT_PERIOD", "3", "OUTPUT_DIR", str(output), *options,
+            "SOLVER.MAX_ITER", str(STEPS), "SOLVER.CHECKPOINT_PERIOD", "3", "SOLVER.CHECKPOINTS_TO_KEEP", "3",
+            "TEST.VALIDATION_LOSS", "True", "TEST.BEST_METRIC", "validation/loss", "OUTPUT_DIR", str(output), *options,
         ]  # fmt: skip
 
     return build
@@ -70,7 +73,18 @@ def _kill_after_checkpoint(command, output, name, seconds):
     process.wait()
 
 
+def _validation_losses(folder):
+    rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return [row["validation/loss"] for row in rows if "validation/loss" in row]
+
+
 def _assert_equal_weights(one, other):
+    best, same = (torch.load(folder / BEST_WEIGHTS, weights_only=True) for folder in (one, other))
+    assert best["best"] == same["best"] and best["best"]["steps"] in range(6, STEPS + 1, 6)
+    assert all(torch.equal(value, same["model"][name]) for name, value in best["model"].items())
+    losses, same = (_validation_losses(folder) for folder in (one, other))
+    # The writer writes every 20 steps, and at the end, what is newest.
+    assert losses == same and len(losses) == 2 and min(losses) >= best["best"]["value"] > 0
     one, other = (torch.load(folder / "model_final.pth", weights_only=True) for folder in (one, other))
     assert one["model"].keys() == other["model"].keys()
     for name in one["model"]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from selftrain_d2 import InputError, SelfTrainingTrainer
 from selftrain_d2.engine.weight_average import WeightAverage
+from selftrain_d2.modeling.checkpoint import load_weights
 
 
 @pytest.fixture
@@ -43,6 +44,12 @@ def test_average_follows_the_formula(config, tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
         changed += not torch.equal(value, trainer.model.state_dict()[name])
     assert changed > 100
+    # Each checkpoint carries the average so far.
+    model = SelfTrainingTrainer.build_model(config)
+    load_weights(model, str(tmp_path / "output" / "model_0000005.pth"), averaged=True)
+    assert all(torch.equal(value, final["model"][name]) for name, value in model.state_dict().items())
+    with pytest.raises(InputError, match="carries no moving average"):
+        load_weights(model, str(tmp_path / "output" / "weight_average" / "model_final.pth"), averaged=True)
     # The file to resume from is the trained model's.
     assert (tmp_path / "output" / "last_checkpoint").read_text() == "model_final.pth"
 
