@@ -18,6 +18,8 @@ TIMM = ["timm>=0.9"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 # SLURM for `selftrain-d2 grid`.
 SLURM = ["submitit"]
+# Experiment trackers, SELFTRAIN.TRACKERS. MLflow's client is enough.
+WANDB, MLFLOW = ["wandb>=0.19.10"], ["mlflow-skinny"]
 
 setup(
     name="selftrain_d2",
@@ -53,12 +55,17 @@ setup(
         "export": EXPORT,
         "labels": LABELS,
         "lite": LITE,
+        "mlflow": MLFLOW,
         "opencv": ["opencv-python-headless>=4.8"],
         "simclr": SIMCLR,
         "slurm": SLURM,
         "timm": TIMM,
+        "wandb": WANDB,
         # What the tests need besides OpenCV.
-        "dev": [*LABELS, *LITE, *SIMCLR, *SLURM, *TIMM, *EXPORT, "hypothesis", "pytest", "ruff", SUPERVISION],
+        "dev": [
+            *(*LABELS, *LITE, *MLFLOW, *SIMCLR, *SLURM, *TIMM, *EXPORT, *WANDB),
+            *("hypothesis", "pytest", "ruff", SUPERVISION),
+        ],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

@@ -233,5 +233,7 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.REFINE_ITERS = 0
     # Learning rate of these steps, constant, as a factor of SOLVER.BASE_LR. The schedule ends before them.
     cfg.SELFTRAIN.REFINE_LR_FACTOR = 0.1
+    # Experiment trackers beside metrics.json and TensorBoard: "wandb", "mlflow". Their environment variables say where.
+    cfg.SELFTRAIN.TRACKERS = ()
     # KEY, VALUE, KEY, VALUE, ... merged into the config for the student's training alone, e.g. its schedule.
     cfg.SELFTRAIN.STUDENT = ()

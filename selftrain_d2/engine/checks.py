@@ -22,6 +22,7 @@ from selftrain_d2.engine.config_checks import (
 )
 from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
 from selftrain_d2.engine.moving_teacher import step_selection
+from selftrain_d2.engine.trackers import check_trackers
 from selftrain_d2.engine.trainer import SelfTrainingTrainer, build_loss_normalizer
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.modeling.meta_arch.classification import add_classification_head
@@ -54,6 +55,7 @@ def check_training(cfg: CfgNode, processes: int = 1, unread: Collection[str] = (
             check_classes(human, [name for name in names if name not in unread], kind)
         check_number_of_classes(cfg)
     check_best_metric(cfg)
+    check_trackers(cfg)
     check_reference_world_size(cfg, processes)
     check_accumulation_steps(cfg, processes)
     if cfg.SOLVER.AMP.ENABLED:

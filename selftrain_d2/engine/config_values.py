@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from selftrain_d2.data.loader import SAMPLERS
+from selftrain_d2.engine.trackers import TRACKERS
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.classes import is_segmentor
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OVERLAPS
@@ -94,6 +95,10 @@ RULES: dict[str, Rule] = {
     ),
     "SELFTRAIN.STAGE": _at_least(-1),
     "SELFTRAIN.TEACHER_CHECKPOINT": _one_of(lambda: ("last", "best")),
+    "SELFTRAIN.TRACKERS": Rule(
+        lambda value: set(value) <= set(TRACKERS) and len(set(value)) == len(value),
+        lambda: f"a tuple of {', '.join(TRACKERS)}, such as ('{next(iter(TRACKERS))}',)",
+    ),
     "SELFTRAIN.REFINE_ITERS": _at_least(0),
     "SELFTRAIN.REFINE_LR_FACTOR": Rule(lambda value: 0 < value < float("inf"), lambda: "a number above 0"),
     "SELFTRAIN.TTA.BOX_VOTING": Rule(lambda value: 0 <= value <= 1, lambda: "an IoU in [0, 1]"),

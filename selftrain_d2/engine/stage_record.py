@@ -40,6 +40,7 @@ _KEYS_WITHOUT_EFFECT = (
     "SELFTRAIN.MAX_BOXES_RATIO",
     "SELFTRAIN.STUDENT_WEIGHTS",  # by their hash as well
     "SELFTRAIN.STAGE",  # the loop's own
+    "SELFTRAIN.TRACKERS",
     "SELFTRAIN.TEACHER_CHECKPOINT",  # by the weights' hash
     "SELFTRAIN.WEIGHTS_OF_OTHER_CLASSES",  # which weights were let pass
     "VERSION",
@@ -111,7 +112,7 @@ def _settings_of(record: dict[str, Any]) -> dict[str, Any]:
 
 def stage_settings(cfg: CfgNode) -> dict[str, Any]:
     """Every config key that a training run's result depends on, flat, as JSON reads it back."""
-    flat = {key: value for key, value in _flat(cfg).items() if key not in _KEYS_WITHOUT_EFFECT}
+    flat = {key: value for key, value in flat_config(cfg).items() if key not in _KEYS_WITHOUT_EFFECT}
     if not cfg.DATASETS.PSEUDO_TRAIN:  # of the keys of self-training, supervised training knows few
         known = ["SELFTRAIN.WEIGHT_EMA_DECAY", "SELFTRAIN.REFINE_ITERS"]
         known += ["SELFTRAIN.REFINE_LR_FACTOR"] * bool(cfg.SELFTRAIN.REFINE_ITERS)  # a control's
@@ -125,15 +126,16 @@ def _defaults() -> dict[str, Any]:
     """The default of every config key, as :func:`stage_settings` has them."""
     cfg = get_cfg()
     add_selftrain_config(cfg)
-    return json.loads(json.dumps(_flat(cfg)))
+    return json.loads(json.dumps(flat_config(cfg)))
 
 
-def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+def flat_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """The keys of a config, such as "SOLVER.MAX_ITER", with their values."""
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
         key = f"{prefix}{key}"
         if isinstance(value, CfgNode):
-            flat.update(_flat(value, f"{key}."))
+            flat.update(flat_config(value, f"{key}."))
         else:
             flat[key] = value
     return flat

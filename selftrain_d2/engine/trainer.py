@@ -15,6 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch.utils.data import DataLoader
 
 from selftrain_d2.data.classification import classification_classes
@@ -49,6 +50,7 @@ from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimize
 from selftrain_d2.engine.run_folder import MOVING_TEACHER, on_main_process
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
+from selftrain_d2.engine.trackers import Tracker, build_trackers, check_trackers
 from selftrain_d2.engine.validation_loss import ValidationLoss, add_to_results
 from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
@@ -98,6 +100,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
         check_best_metric(cfg)
+        check_trackers(cfg)
         if cfg.DATASETS.TEST:  # a mistake is told now, not after training
             check_test_sets(cfg)
             check_evaluation(cfg)
@@ -139,6 +142,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.trackers: list[Tracker] = []
         self.best_checkpoint = self.validation_loss = None
         if cfg.TEST.BEST_METRIC:
             self.best_checkpoint = BestCheckpoint(cfg.TEST.BEST_METRIC, cfg.OUTPUT_DIR, self._facts)
@@ -215,6 +219,11 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         others = [hook for hook in default if hook not in writers]
         return [*first, *others, RunState(stage_seed(cfg)), *writers]
 
+    def build_writers(self) -> list[EventWriter]:
+        """detectron2's, and the trackers of SELFTRAIN.TRACKERS. Called in the main process alone."""
+        self.trackers = build_trackers(self.cfg)
+        return [*super().build_writers(), *self.trackers]
+
     def _hook_in_place_of(self, hook: HookBase) -> HookBase:
         if isinstance(hook, hooks.EvalHook):
             return hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
@@ -225,11 +234,15 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
+        for tracker in self.trackers:
+            tracker.begin(self.start_iter)
         period, done = self.cfg.TEST.EVAL_PERIOD, self.start_iter
         if self.best_checkpoint is not None and period and done % period == 0 and 0 < done < self.max_iter:
             self._evaluate(done)  # the run may have been killed between this checkpoint and its evaluation
 
     def after_train(self) -> None:
+        for tracker in self.trackers:
+            tracker.finished = self.finished
         super().after_train()
         averages = ((self.weight_average, WEIGHT_AVERAGE), (self.moving_teacher, MOVING_TEACHER))
         for average, file in averages:
