@@ -18,6 +18,7 @@ from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.engine import children
+from selftrain_d2.engine.kept_checkpoints import best_of
 from selftrain_d2.engine.launch import Processes, run_in_processes
 from selftrain_d2.engine.step_trainer import NonFiniteLossError, StepTrainer
 from selftrain_d2.errors import InputError
@@ -86,12 +87,17 @@ def _levels(*sizes):
 )
 def test_two_processes_train_as_one_with_their_images(arguments, tmp_path, normalizer, levels):
     key = ("MODEL.RETINANET.LOSS_NORMALIZER", normalizer, *levels)
+    key += ("TEST.VALIDATION_LOSS", "True", "TEST.BEST_METRIC", "validation/loss")
     assert main(["train", *arguments(tmp_path / "one", *key)]) == 0
     assert main(["train", *arguments(tmp_path / "two", "--num-gpus", "2", *key)]) == 0
     _assert_same_training(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "log.txt.rank1").exists()
-    results = [json.loads((tmp_path / x / "results.json").read_text())["bbox"] for x in ("one", "two")]
-    assert results[0].keys() == results[1].keys()
+    results = [json.loads((tmp_path / x / "results.json").read_text()) for x in ("one", "two")]
+    for task in ("bbox", "validation"):
+        assert results[0][task].keys() == results[1][task].keys()
+    # Two processes count one of the five images twice.
+    assert results[0]["validation"]["loss"] == pytest.approx(results[1]["validation"]["loss"], rel=0.2)
+    assert best_of(tmp_path / "two")["steps"] == best_of(tmp_path / "one")["steps"]
 
 
 @pytest.mark.slow
