@@ -9,28 +9,30 @@ from detectron2.config import CfgNode, get_cfg
 
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.checkpoint import FINAL_WEIGHTS, WEIGHT_AVERAGE
+from selftrain_d2.modeling.checkpoint import run_weights
 
 
 def run_config(folder: str | os.PathLike, allow_unsafe: bool = False) -> CfgNode:
-    """The config of a finished run, with its final weights as MODEL.WEIGHTS: the averaged ones, if there are.
+    """The config of a finished run, with the weights that it is used by as MODEL.WEIGHTS: see :func:`run_weights`.
 
     Args:
         folder: of a run; or the output of self-train, whose last student it is.
 
     Raises:
-        InputError: there is no config.yaml or no final checkpoint.
+        InputError: there is no config.yaml, or these weights are not there.
     """
     folder = _last_student(Path(folder))
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is no folder of a run: it has no config.yaml.")
-    places = (folder / WEIGHT_AVERAGE, folder / FINAL_WEIGHTS)
-    weights = next((file for file in places if file.is_file()), None)
-    if weights is None:
-        raise InputError(f"The run in {folder} has no {FINAL_WEIGHTS}: let its training end first.")
     cfg = get_cfg()
     add_selftrain_config(cfg)
     cfg.merge_from_file(str(folder / "config.yaml"), allow_unsafe=allow_unsafe)
+    weights = folder / run_weights(cfg)
+    if not weights.is_file():
+        raise InputError(
+            f"The run in {folder} has no {run_weights(cfg)}, which its config.yaml says that it is used by: let its "
+            "training end first."
+        )
     cfg.MODEL.WEIGHTS = str(weights)
     return cfg
 

@@ -240,7 +240,10 @@ def checkpoints_in(folder: str | os.PathLike) -> list[str]:
 
 
 def run_weights(cfg: CfgNode) -> str:
-    """The weights that a finished run is used by, below its folder: to label, to predict, as a student's start."""
+    """The weights that a finished run is used by, below its folder: to label, as a student's start, to be exported.
+
+    The best ones where SELFTRAIN.TEACHER_CHECKPOINT says so, else the average where there is one, else the last.
+    """
     if cfg.SELFTRAIN.TEACHER_CHECKPOINT == "best":
         return BEST_WEIGHTS
     return WEIGHT_AVERAGE if cfg.SELFTRAIN.WEIGHT_EMA_DECAY else FINAL_WEIGHTS
