@@ -22,7 +22,8 @@ def test_weights_of_a_run(small_config, tmp_path, options, file):
     for name in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert run_config(tmp_path).MODEL.WEIGHTS == str(tmp_path / file)
+    weights = run_config(tmp_path).MODEL.WEIGHTS
+    assert weights == str(tmp_path / file)
     (tmp_path / file).unlink()  # the others are no substitute
     with pytest.raises(InputError, match=rf"has no {file}, .*: let its training end first\.$"):
         run_config(tmp_path)
