@@ -64,7 +64,7 @@ setup(
         # What the tests need besides OpenCV.
         "dev": [
             *(*LABELS, *LITE, *MLFLOW, *SIMCLR, *SLURM, *TIMM, *EXPORT, *WANDB),
-            *("hypothesis", "pytest", "ruff", SUPERVISION),
+            *("hypothesis", "pytest>=7.3", "ruff", SUPERVISION),
         ],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
