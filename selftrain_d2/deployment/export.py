@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from torch import nn
 
-from selftrain_d2.deployment.exported import DenseDetection, exportable
+from selftrain_d2.deployment.exported import exportable
+from selftrain_d2.deployment.image_function import ImageFunction
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import whole_file
 from selftrain_d2.modeling.backbone import fuse_batch_norms
@@ -24,10 +24,16 @@ from selftrain_d2.modeling.checkpoint import load_weights, require_complete, req
 FORMATS = ("onnx", "torchscript")
 #: (N, H, W) of the images that an exported file is checked on.
 CHECKED_SHAPES = ((1, 128, 128), (2, 160, 96), (3, 101, 203))
-#: What passes: the largest deviation of scores, and of boxes in pixels, and the share of boxes without counterpart or
-#: of pixels of another class. These two are not 0: among scores that are equal but for rounding, suppression may choose
-#: others, and a pixel between two classes may fall to either side.
-TOLERANCE = {"scores": 1e-3, "boxes": 0.1, "share of other boxes": 0.05, "share of other classes": 1e-3}
+#: What passes: the largest deviation of scores, of boxes in pixels and of masks' probabilities, and the share of boxes
+#: without counterpart or of pixels of another class. These two are not 0: among scores that are equal but for rounding,
+#: suppression may choose others, and a pixel between two classes may fall to either side.
+TOLERANCE = {
+    "scores": 1e-3,
+    "boxes": 0.1,
+    "masks": 1e-2,
+    "share of other boxes": 0.05,
+    "share of other classes": 1e-3,
+}
 _TRACED_SHAPE = (2, 3, 96, 128)
 _OPSET = 17
 
@@ -62,12 +68,12 @@ def export_model(
     facts = {
         "classes": report.classes or [],
         "image_size": cfg.INPUT.AUGMENTATION.IMAGE_SIZE,
-        "score_threshold": getattr(function.model, "test_score_thresh", 0.0),
+        "score_threshold": function.score_threshold,
     }
     return write_checked(function, file_format, output, facts)
 
 
-def write_checked(function: nn.Module, file_format: str, output: str | os.PathLike, facts: dict) -> dict:
+def write_checked(function: ImageFunction, file_format: str, output: str | os.PathLike, facts: dict) -> dict:
     """Write a function to export, after a check; see :func:`export_model`.
 
     Args:
@@ -91,12 +97,12 @@ def write_checked(function: nn.Module, file_format: str, output: str | os.PathLi
 
 
 def example_inputs(
-    function: nn.Module, shape: Sequence[int], threshold: float = 0.0
+    function: ImageFunction, shape: Sequence[int], threshold: float = 0.0
 ) -> tuple[torch.Tensor, ...]:
     """Noise of one seed for a function to export, (N, 3, H, W), and the score threshold where it takes one."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, tuple(shape), dtype=torch.uint8, generator=random)
-    return (images, torch.tensor([threshold])) if isinstance(function, DenseDetection) else (images,)
+    return (images, torch.tensor([threshold])) if "boxes" in function.outputs else (images,)
 
 
 def onnx_runner(file: str | os.PathLike):
@@ -121,12 +127,9 @@ def _torchscript_runner(file: str | os.PathLike):
 
 
 @torch.no_grad()
-def _check(function: nn.Module, run) -> dict[str, float]:
+def _check(function: ImageFunction, run) -> dict[str, float]:
     """The largest deviation of each output. With a score threshold of 0 every box takes part, found or not."""
-    compared = ("scores", "boxes", "share of other boxes")
-    if "boxes" not in function.outputs:
-        compared = ("scores", "share of other classes")
-    largest = dict.fromkeys(compared, 0.0)
+    largest: dict[str, float] = {}
     for images, height, width in CHECKED_SHAPES:
         inputs = example_inputs(function, (images, 3, height, width))
         expected = dict(zip(function.outputs, (value.numpy() for value in function(*inputs))))
@@ -137,36 +140,50 @@ def _check(function: nn.Module, run) -> dict[str, float]:
                     f"The exported {name} have the shape {found[name].shape} for {images} images of {height} x {width} "
                     f"pixels, the model's {expected[name].shape}: the model cannot be exported."
                 )
-        deviations = {"scores": float(np.abs(expected["scores"] - found["scores"]).max(initial=0.0))}
+        deviations = {"scores": _largest(expected["scores"] - found["scores"])}
         if "boxes" in function.outputs:
-            deviations["boxes"], deviations["share of other boxes"] = _box_deviation(expected, found)
+            deviations.update(_box_deviations(expected, found))
         else:
             deviations["share of other classes"] = float(np.mean(expected["classes"] != found["classes"]))
-        largest = {name: max(largest[name], deviation) for name, deviation in deviations.items()}
+        largest = {name: max(largest.get(name, 0.0), deviation) for name, deviation in deviations.items()}
     return largest
 
 
-def _box_deviation(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[float, float]:
-    """The largest distance, in pixels, of boxes from their counterparts; the share of boxes that have none.
+def _box_deviations(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest distance, in pixels, of boxes from their counterparts; the share of boxes that have none; where there
+    are masks, the largest difference of theirs.
 
     A counterpart is of the same image, class and score, at whatever place: equal scores change places.
     """
     near = np.abs(expected["scores"][:, None] - found["scores"][:, :, None]) <= TOLERANCE["scores"]
     near &= expected["classes"][:, None] == found["classes"][:, :, None]
-    distances = np.abs(expected["boxes"][:, None] - found["boxes"][:, :, None]).max(3)  # (N, found, expected)
-    nearest = np.where(near, distances, np.inf).min(2)[found["scores"] > 0]
-    matched = nearest <= TOLERANCE["boxes"]
-    return float(nearest[matched].max(initial=0.0)), float(np.mean(~matched)) if len(matched) else 0.0
+    distances = np.abs(expected["boxes"][:, None] - found["boxes"][:, :, None]).max(3)
+    distances = np.where(near, distances, np.inf)  # (N, found, expected)
+    real = found["scores"] > 0
+    nearest = distances.min(2)
+    matched = real & (nearest <= TOLERANCE["boxes"])
+    deviations = {
+        "boxes": _largest(nearest[matched]),
+        "share of other boxes": float((real & ~matched).sum() / max(real.sum(), 1)),
+    }
+    if "masks" in found:
+        counterparts = np.take_along_axis(expected["masks"], distances.argmin(2)[:, :, None, None], axis=1)
+        deviations["masks"] = _largest((counterparts - found["masks"])[matched])
+    return deviations
 
 
-def _write_torchscript(function: nn.Module, file: Path, facts: dict) -> None:
+def _largest(differences: np.ndarray) -> float:
+    return float(np.abs(differences).max(initial=0.0))
+
+
+def _write_torchscript(function: ImageFunction, file: Path, facts: dict) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants that are constant
         traced = torch.jit.trace(function, example_inputs(function, _TRACED_SHAPE), check_trace=False)
     torch.jit.save(traced, str(file), _extra_files={"facts.json": json.dumps(facts)})
 
 
-def _write_onnx(function: nn.Module, file: Path, facts: dict) -> None:
+def _write_onnx(function: ImageFunction, file: Path, facts: dict) -> None:
     import onnx
 
     inputs = example_inputs(function, _TRACED_SHAPE)
