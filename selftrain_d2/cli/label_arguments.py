@@ -51,39 +51,38 @@ def add_image_and_class_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def labels_as_coco(
-    folder: str | os.PathLike,
-    labels: str,
-    images: str | None,
-    val_labels: str | None,
-    val_images: str | None,
-    classes: Sequence[str] | None = None,
-    use_split: bool = True,
+    args: argparse.Namespace, folder: str | os.PathLike, *, classes: Sequence[str] | None, use_split: bool
 ) -> tuple[LabelPaths, LabelPaths | None]:
-    """Human labels as COCO JSON, which the trainings read.
+    """What ``--labels`` and ``--val-labels`` name, as COCO JSON, which the trainings read.
 
     COCO JSON is taken as it is; other formats are written to ``folder/train.json`` and ``folder/val.json``, with the
     same bytes each time, so that a run that goes on finds what it began with.
 
     Args:
+        args: has ``labels``, ``labeled_images``, ``val_labels`` and ``val_images``.
         folder: for what is written.
-        labels, images: of ``--labels`` and its images.
-        val_labels, val_images: of validation; without, the split val of ``labels`` if ``use_split``.
+        classes: names by id, if ``--classes`` are those of the labels.
+        use_split: without ``--val-labels``, take the split val of ``--labels``.
 
     Returns:
         The labels, and those of validation if there are any.
 
     Raises:
-        InputError: see :func:`selftrain_d2.data.label_formats.detect.read_labels`.
+        InputError: one of the arguments without ``--labels``; see also
+            :func:`selftrain_d2.data.label_formats.detect.read_labels`.
     """
-    found = read_labels(labels, images=images, classes=classes)
+    labels, val_labels = args.labels, args.val_labels
+    if labels is None:
+        raise InputError("--val-labels and --labeled-images go with --labels: name the labels.")
+    found = read_labels(labels, images=args.labeled_images, classes=classes)
     paths = _written(found, labels, Path(folder, "train.json"), "--labeled-images")
     classes = classes or (None if found.is_coco else found.file.class_names)
     if val_labels is not None:
-        validation = read_labels(val_labels, images=val_images, classes=classes, split="train")
+        validation = read_labels(val_labels, images=args.val_images, classes=classes, split="train")
     elif use_split and found.has_validation:
         logger.info(f"Validation: the split val of {labels}.")
         val_labels = labels
-        validation = read_labels(labels, images=val_images, classes=classes, split="val")
+        validation = read_labels(labels, images=args.val_images, classes=classes, split="val")
     else:
         return paths, None
     return paths, _written(validation, val_labels, Path(folder, "val.json"), "--val-images")

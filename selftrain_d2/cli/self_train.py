@@ -236,7 +236,7 @@ def _seeds(args: argparse.Namespace) -> list[int]:
     return seeds
 
 
-def _take_labels(args: argparse.Namespace) -> None:
+def _fill_in_labels(args: argparse.Namespace) -> None:
     """Put what ``--labels`` and ``--val-labels`` name in the place of the arguments for COCO JSON.
 
     Raises:
@@ -244,21 +244,14 @@ def _take_labels(args: argparse.Namespace) -> None:
     """
     if args.task != "detection":
         raise InputError("--labels and --val-labels go with --task detection.")
-    if args.labels is None:
-        raise InputError("--val-labels goes with --labels: give both, or --val-json.")
     for name, other in (("--labels", args.labeled_json), ("--val-labels", args.val_labels and args.val_json)):
         if other is not None:
             raise InputError(f"{name} takes COCO JSON as well: leave the other argument out.")
     for place in filter(os.path.isdir, args.unlabeled_images or []):  # before anything is written there
         check_outside(args.output, place)
+    use_split = args.val_json is None
     labeled, validation = labels_as_coco(
-        Path(args.output, "labels"),
-        args.labels,
-        args.labeled_images,
-        args.val_labels,
-        args.val_images,
-        args.classes,
-        use_split=args.val_json is None,
+        args, Path(args.output, "labels"), classes=args.classes, use_split=use_split
     )
     args.labeled_json, args.labeled_images = labeled
     args.classes = None
@@ -295,7 +288,7 @@ def _task(args: argparse.Namespace) -> Task:
     """
     _check_draw(args)
     if args.labels is not None or args.val_labels is not None:
-        _take_labels(args)
+        _fill_in_labels(args)
     if args.labeled_images is None:
         raise InputError("--labeled-images is missing: the folder of the images with human labels.")
     given = vars(args)

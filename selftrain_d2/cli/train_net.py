@@ -199,10 +199,8 @@ def _config(args: argparse.Namespace, folder: Path) -> CfgNode:
         folder: for labels that are not in COCO JSON; relative to OUTPUT_DIR.
     """
     cfg = setup_config(args)
-    if args.labels is not None:
-        _take_labels(args, cfg, folder)
-    elif args.val_labels is not None or args.labeled_images is not None:
-        raise InputError("--val-labels and --labeled-images go with --labels.")
+    if any(given is not None for given in (args.labels, args.val_labels, args.labeled_images)):
+        _register_labels(args, cfg, folder)
     cfg.freeze()
     if args.eval_only and not (cfg.DATASETS.TEST and cfg.MODEL.WEIGHTS):
         raise InputError("--eval-only needs DATASETS.TEST and MODEL.WEIGHTS.")
@@ -216,17 +214,10 @@ def _config(args: argparse.Namespace, folder: Path) -> CfgNode:
     return cfg
 
 
-def _take_labels(args: argparse.Namespace, cfg: CfgNode, folder: Path) -> None:
+def _register_labels(args: argparse.Namespace, cfg: CfgNode, folder: Path) -> None:
     classes = None if args.human_masks else args.classes
-    found = labels_as_coco(
-        Path(cfg.OUTPUT_DIR) / folder,
-        args.labels,
-        args.labeled_images,
-        args.val_labels,
-        args.val_images,
-        classes,
-        use_split="DATASETS.TEST" not in args.opts,
-    )
+    use_split = "DATASETS.TEST" not in args.opts
+    found = labels_as_coco(args, Path(cfg.OUTPUT_DIR) / folder, classes=classes, use_split=use_split)
     if not args.human_masks:
         args.classes = None
     for name, key, paths in zip((LABELS, f"{LABELS}_val"), ("TRAIN", "TEST"), found):
