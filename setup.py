@@ -16,6 +16,8 @@ SIMCLR = ["lightly"]
 TIMM = ["timm>=0.9"]
 # ONNX files of `selftrain-d2 export-model`, and their check.
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+# What runs the tests, the notebook of examples/ among them.
+TESTS = ["hypothesis", "ipykernel", "nbclient", "pytest>=7.3", "ruff", SUPERVISION]
 # SLURM for `selftrain-d2 grid`.
 SLURM = ["submitit"]
 # Experiment trackers, SELFTRAIN.TRACKERS. MLflow's client is enough.
@@ -62,10 +64,7 @@ setup(
         "timm": TIMM,
         "wandb": WANDB,
         # What the tests need besides OpenCV.
-        "dev": [
-            *(*LABELS, *LITE, *MLFLOW, *SIMCLR, *SLURM, *TIMM, *EXPORT, *WANDB),
-            *("hypothesis", "pytest>=7.3", "ruff", SUPERVISION),
-        ],
+        "dev": [*LABELS, *LITE, *MLFLOW, *SIMCLR, *SLURM, *TIMM, *EXPORT, *WANDB, *TESTS],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,
