@@ -46,6 +46,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # The heads' batch norms (MODEL.RETINANET.NORM) have statistics for each level. True: weight and bias too
     # ([TF]). False: these are shared by all levels, as in detectron2.
     cfg.MODEL.RETINANET.NORM_AFFINE_PER_LEVEL = False
+    # The heads' convolutions: their channels (0: as many as the features have), and relu or swish after each.
+    cfg.MODEL.RETINANET.CONV_DIM = 0
+    cfg.MODEL.RETINANET.ACTIVATION = "relu"
     # Constants of batch norm; detectron2's. [TF] has eps 1e-4 and momentum 0.003 (0.997 in its convention) in all
     # three. MODEL.RESNETS: of our build_retinanet_resnet_fpn_p5_backbone alone.
     cfg.MODEL.FPN.NORM_EPS = cfg.MODEL.RETINANET.NORM_EPS = cfg.MODEL.RESNETS.NORM_EPS = 1e-5
@@ -61,6 +64,28 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.MODEL.NAS_FPN.SEPARABLE = True
     # relu or swish.
     cfg.MODEL.NAS_FPN.ACTIVATION = "relu"
+
+    # ---- SpineNet (build_spinenet_backbone, P3-P7; it needs no FPN) -----------------------------
+    cfg.MODEL.SPINENET = CfgNode()
+    # spinenet-49s, -49, -96, -143 or -190. The paper uses 143 and 190 (Table 5).
+    cfg.MODEL.SPINENET.NAME = "spinenet-49"
+    # BN, SyncBN or FrozenBN, and its constants; [TF].
+    cfg.MODEL.SPINENET.NORM = "SyncBN"
+    cfg.MODEL.SPINENET.NORM_EPS = 1e-4
+    cfg.MODEL.SPINENET.NORM_MOMENTUM = 0.003
+    # relu or swish.
+    cfg.MODEL.SPINENET.ACTIVATION = "relu"
+    # Probability of skipping the branches of the last block; earlier blocks have proportionally less.
+    cfg.MODEL.SPINENET.DROP_CONNECT_RATE = 0.0
+    # Down by more than one level: "pool", a strided convolution and one max-pool ([TF]); "repeated_pool", a strided
+    # convolution and 3x3 max-pools of stride 2 (github.com/tensorflow/models); "conv", strided convolutions alone.
+    cfg.MODEL.SPINENET.RESAMPLING = "pool"
+    # Channels of P3-P7. 0: 256, and 512 for spinenet-190. [TF] has 128 for spinenet-49s, a smaller model than the one
+    # whose size is published.
+    cfg.MODEL.SPINENET.OUT_CHANNELS = 0
+    # As MODEL.EFFICIENTNET.CHECKPOINT_ACTIVATIONS and CHANNELS_LAST.
+    cfg.MODEL.SPINENET.CHECKPOINT_ACTIVATIONS = False
+    cfg.MODEL.SPINENET.CHANNELS_LAST = True
 
     # ---- SemSegPyramidSumHead -------------------------------------------------------------------
     # 3x3 convolutions before the classifier.

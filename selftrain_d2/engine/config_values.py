@@ -12,6 +12,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from selftrain_d2.data.loader import SAMPLERS
 from selftrain_d2.engine.trackers import TRACKERS
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.spinenet import ACTIVATIONS, SIZES
+from selftrain_d2.modeling.backbone.spinenet_blocks import RESAMPLINGS
 from selftrain_d2.modeling.classes import is_segmentor
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OVERLAPS
 
@@ -65,6 +67,13 @@ RULES: dict[str, Rule] = {
     "MODEL.META_ARCHITECTURE": _registered(META_ARCH_REGISTRY),
     "MODEL.BACKBONE.NAME": _registered(BACKBONE_REGISTRY),
     "MODEL.DEVICE": Rule(_is_device, lambda: "cpu, cuda, or cuda:N for GPU N of this machine, from 0"),
+    "MODEL.RETINANET.ACTIVATION": _one_of(lambda: ("relu", "swish")),
+    "MODEL.RETINANET.CONV_DIM": _at_least(0),
+    "MODEL.SPINENET.NAME": _one_of(lambda: SIZES),
+    "MODEL.SPINENET.ACTIVATION": _one_of(lambda: ACTIVATIONS),
+    "MODEL.SPINENET.DROP_CONNECT_RATE": Rule(lambda value: 0 <= value < 1, lambda: "in [0, 1)"),
+    "MODEL.SPINENET.OUT_CHANNELS": _at_least(0),
+    "MODEL.SPINENET.RESAMPLING": _one_of(lambda: RESAMPLINGS),
     "DATALOADER.NUM_WORKERS": _at_least(0),
     "INPUT.CLASSIFICATION_IMAGE_SIZE": _at_least(0),
     "DATALOADER.SAMPLER_TRAIN": _one_of(lambda: SAMPLERS),

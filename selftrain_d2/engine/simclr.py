@@ -176,6 +176,7 @@ def _identity(
         "processes": comm.get_world_size(),
         "MODEL.BACKBONE.NAME": cfg.MODEL.BACKBONE.NAME,
         "MODEL.EFFICIENTNET": cfg.MODEL.EFFICIENTNET.dump(),
+        "MODEL.SPINENET": cfg.MODEL.SPINENET.dump(),
         "MODEL.RESNETS": cfg.MODEL.RESNETS.dump(),
         "MODEL.FPN.IN_FEATURES": list(cfg.MODEL.FPN.IN_FEATURES),
         "starting weights": file_sha256(cfg.MODEL.WEIGHTS)

@@ -331,7 +331,8 @@ def _require_fit(model: nn.Module, report: LoadReport, path: str) -> None:
         raise InputError(
             f"Weights {path} fill only {len(names) - len(absent)} of the backbone's {len(names)} tensors "
             f"(absent or of another shape: {examples}): give weights of the same backbone "
-            "(MODEL.EFFICIENTNET.NAME, MODEL.RESNETS.DEPTH), or convert them with tools/convert_weights.py."
+            "(MODEL.EFFICIENTNET.NAME, MODEL.SPINENET.NAME, MODEL.RESNETS.DEPTH), or convert them with "
+            "tools/convert_weights.py."
         )
 
 

@@ -86,8 +86,9 @@ def build_bottom_up(cfg: CfgNode) -> Backbone:
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.info("MODEL.BACKBONE.FREEZE_AT does not count here: every layer trains.")
         cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    if cfg.MODEL.EFFICIENTNET.NORM == "FrozenBN":
-        cfg.MODEL.EFFICIENTNET.NORM = "SyncBN"
+    for keys in (cfg.MODEL.EFFICIENTNET, cfg.MODEL.SPINENET):
+        if keys.NORM == "FrozenBN":
+            keys.NORM = "SyncBN"
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":  # detectron2's SyncBN works on GPUs alone
         cfg.MODEL.RESNETS.NORM = "BN" if comm.get_world_size() == 1 else "naiveSyncBN"
     bottom_up = bottom_up_of(build_backbone(cfg))
@@ -95,6 +96,6 @@ def build_bottom_up(cfg: CfgNode) -> Backbone:
     if not shapes or any(shape.stride is None or shape.channels is None for shape in shapes.values()):
         raise InputError(
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} has no feature maps that SimCLR could train: use one "
-            "with an EfficientNet or a ResNet."
+            "with an EfficientNet, a SpineNet or a ResNet."
         )
     return bottom_up

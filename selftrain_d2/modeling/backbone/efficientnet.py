@@ -24,6 +24,7 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone.inverted_bottleneck import (
     InvertedBottleneck,
     SameConv2d,
+    branch_scales,
     checkpointed,
     relu6,
     silu,
@@ -177,12 +178,10 @@ class EfficientNet(Backbone):
         return outputs
 
     def _draw_branch_scales(self, images: int) -> Sequence[torch.Tensor | None]:
-        """Drop connect: a factor (N, 1, 1, 1) per block, 0 or 1 / keep rate; one draw for all blocks."""
+        """Drop connect: a factor (N, 1, 1, 1) per block, see :func:`branch_scales`."""
         if not (self.training and self._drops):
             return [None] * len(self._blocks)
-        rates = self._keep_rates[:, None]
-        draws = torch.rand((len(self._blocks), images), device=rates.device)
-        return ((draws < rates) / rates)[:, :, None, None, None].unbind()
+        return branch_scales(self._keep_rates, images).unbind()
 
     def _initialize(self) -> None:
         """[TF]: convolutions normal with variance 2 / fan-out, biases zero; batch norm is at identity."""

@@ -33,7 +33,7 @@ _HEADS = {
 @BACKBONE_REGISTRY.register()
 def build_efficientnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """P2-P6 from res2-res5 (MODEL.FPN.IN_FEATURES); P6 is P5 subsampled, as in detectron2's R-CNN configs."""
-    top_block = LastLevelMaxPool() if _coarsest_level(cfg) >= 6 else None
+    top_block = LastLevelMaxPool() if coarsest_level(cfg) >= 6 else None
     return _build_fpn(cfg, top_block, EfficientNet(cfg, input_shape, cfg.MODEL.FPN.IN_FEATURES))
 
 
@@ -107,14 +107,14 @@ def _build_fpn(cfg: CfgNode, top_block: nn.Module | None, bottom_up: Backbone) -
 
 
 def _p6_p7_from_p5(cfg: CfgNode) -> LastLevelP6P7 | None:
-    channels, coarsest = cfg.MODEL.FPN.OUT_CHANNELS, _coarsest_level(cfg)
+    channels, coarsest = cfg.MODEL.FPN.OUT_CHANNELS, coarsest_level(cfg)
     top_block = LastLevelP6 if coarsest == 6 else LastLevelP6P7
     # Made in any case: what is not needed must not change the random numbers of what follows.
     top_block = top_block(channels, channels, in_feature="p5")
     return top_block if coarsest >= 6 else None
 
 
-def _coarsest_level(cfg: CfgNode) -> int:
+def coarsest_level(cfg: CfgNode) -> int:
     """k of the last P_k that the heads use; 7 if they name no level of a pyramid, as detectron2's defaults do."""
     nodes = next((nodes for name, nodes in _HEADS.items() if name in cfg.MODEL.META_ARCHITECTURE), ())
     names = [feature for node in nodes for feature in cfg.MODEL[node].IN_FEATURES]

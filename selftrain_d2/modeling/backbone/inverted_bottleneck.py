@@ -127,14 +127,25 @@ class InvertedBottleneck(nn.Module):
         return torch.addcmul(inputs, x, branch_scale.to(x.dtype))
 
 
-def checkpointed(block: InvertedBottleneck, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def branch_scales(keep_rates: torch.Tensor, images: int) -> torch.Tensor:
+    """Drop connect: factors (blocks, N, 1, 1, 1) of residual branches, each 0 or 1 / keep rate; one draw for all.
+
+    Args:
+        keep_rates: probability of keeping each block's branch, (blocks,).
+        images: N.
+    """
+    rates = keep_rates[:, None]
+    draws = torch.rand((len(rates), images), device=rates.device)
+    return ((draws < rates) / rates)[:, :, None, None, None]
+
+
+def checkpointed(block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
     """Run a block without keeping its activations; the backward pass computes them again."""
     # Drop connect is drawn outside the block, so there is no random state to keep. Batch norms must not count the same
     # images a second time.
     return checkpoint(
         block,
-        x,
-        scale,
+        *inputs,
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (contextlib.nullcontext(), running_statistics_kept(block)),

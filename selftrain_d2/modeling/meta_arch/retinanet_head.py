@@ -1,12 +1,37 @@
-"""Batch norm in RetinaNet's heads."""
+"""Width, activation and batch norm of RetinaNet's heads."""
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.layers import CycleBatchNormList
+from detectron2.layers import CycleBatchNormList, ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import nn
 
+from selftrain_d2.modeling.backbone.inverted_bottleneck import silu
 from selftrain_d2.modeling.backbone.norm import batch_norm_builder, set_batch_norm_constants
+
+
+def build_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> RetinaNetHead:
+    """detectron2's head with convolutions of MODEL.RETINANET.CONV_DIM channels."""
+    keys = cfg.MODEL.RETINANET
+    return RetinaNetHead(cfg, input_shape, conv_dims=[keys.CONV_DIM] * keys.NUM_CONVS)
+
+
+def set_head_activation(head: RetinaNetHead, activation: str) -> None:
+    """Put MODEL.RETINANET.ACTIVATION, relu or swish, in place of the head's ReLUs."""
+    if activation == "swish":
+        for subnet in (head.cls_subnet, head.bbox_subnet):
+            for index, layer in enumerate(subnet):
+                if isinstance(layer, nn.ReLU):
+                    subnet[index] = Swish()
+
+
+class Swish(nn.Module):
+    """x * sigmoid(x)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return silu(x)
 
 
 def set_head_norms(head: RetinaNetHead, cfg: CfgNode) -> None:

@@ -1,0 +1,120 @@
+"""A RetinaNet on SpineNet through the public commands: trained, resumed, in two processes, labeling, exported."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_coco_set
+
+from selftrain_d2 import load_pseudo_labels
+from selftrain_d2.cli import main
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.modeling.backbone.spinenet import SIZES, Size
+
+CONFIG = "Base-RetinaNet-SpineNet.yaml"
+#: KEY VALUE pairs of a small one.
+SMALL_SPINENET = [
+    "MODEL.DEVICE", "cpu",
+    "MODEL.SPINENET.NAME", "spinenet-49s",
+    "MODEL.SPINENET.OUT_CHANNELS", "16",
+    "MODEL.RETINANET.NUM_CONVS", "1",
+    "MODEL.RETINANET.NUM_CLASSES", "2",
+    "INPUT.AUGMENTATION.IMAGE_SIZE", "96",
+    "DATALOADER.NUM_WORKERS", "0",
+    "SOLVER.IMS_PER_BATCH", "2",
+    "SOLVER.PSEUDO_IMS_PER_BATCH", "2",
+    "SOLVER.BASE_LR", "0.001",
+    "SOLVER.WARMUP_ITERS", "0",
+    "SOLVER.STEPS", "()",
+    "SOLVER.MAX_ITER", "2",
+    "SOLVER.CHECKPOINT_PERIOD", "1",
+    "SEED", "0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return make_coco_set(tmp_path / "coco", 4, seed=0)
+
+
+@pytest.fixture
+def student(coco, tmp_path):
+    """``student(output, *options, arguments=())``: the command line of a student of two steps."""
+    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": coco.images}
+    writer = PseudoLabelWriter(tmp_path / "pseudo", identity, ["001.png", "002.png"])
+    boxes = make_row("001.png", 96, 96, [[10, 10, 60, 60]], [0.9], [0])
+    writer.write_shard(0, [boxes, make_row("002.png", 96, 96)])
+    writer.finish()
+
+    def build(output, *options, arguments=()):
+        return [
+            "train", "--config-file", CONFIG, *arguments,
+            "--human-labels", "human", coco.json_file, coco.images,
+            "--pseudo-labels", "pseudo", str(tmp_path / "pseudo"), *SMALL_SPINENET,
+            "DATASETS.TRAIN", "('human',)", "DATASETS.PSEUDO_TRAIN", "('pseudo',)", "DATASETS.TEST", "()",
+            "OUTPUT_DIR", str(output), *options,
+        ]  # fmt: skip
+
+    return build
+
+
+def weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def test_trained_resumed_and_labeling(student, coco, tmp_path, monkeypatch):
+    """Of the right structure, but narrower than any that is published."""
+    monkeypatch.setitem(SIZES, "spinenet-49s", Size(filter_scale=0.0625))
+    options = ["MODEL.SPINENET.CHECKPOINT_ACTIVATIONS", "True"]
+    run = tmp_path / "run"
+    assert main(student(run, *options)) == 0
+    trained = weights(run)
+    start = torch.load(run / "model_0000000.pth", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in trained.values())
+    for name in ("stem_conv", "blocks.16.resamplings.0.0", "endpoints.p7"):
+        assert not torch.equal(trained[f"backbone.{name}.weight"], start[f"backbone.{name}.weight"])
+
+    (run / "last_checkpoint").write_text("model_0000000.pth")
+    assert main(student(run, *options, arguments=["--resume"])) == 0
+    for name, value in weights(run).items():
+        assert torch.equal(value, trained[name]), name
+
+    labels = ["--images", coco.images, "--output", str(tmp_path / "labels"), "--score-floor", "0.001"]
+    model = [
+        *SMALL_SPINENET,
+        "MODEL.WEIGHTS",
+        str(run / "model_final.pth"),
+        "MODEL.RETINANET.SOFT_NMS_SIGMA",
+        "0.3",
+    ]
+    assert main(["label", "--config-file", CONFIG, *labels, *model]) == 0
+    found = load_pseudo_labels(tmp_path / "labels", 0.001)
+    assert len(found) == 4 and any(image["annotations"] for image in found)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(student, tmp_path):
+    """With synchronized batch norm, each process with half of the images; nothing else is drawn at random."""
+    options = ["MODEL.SPINENET.DROP_CONNECT_RATE", "0.0"]
+    assert main(student(tmp_path / "one", *options)) == 0
+    assert main(student(tmp_path / "two", *options, arguments=["--num-gpus", "2"])) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        if "running_var" not in name:  # detectron2's synchronized one divides by n, PyTorch's by n - 1
+            assert math.isfinite(value.float().norm())
+            deviation = (two[name] - value).float().norm() / value.float().norm().clamp(min=1e-3)
+            assert deviation < 0.02, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_format", ["onnx", "torchscript"])
+def test_exported(weight_format, student, tmp_path, capsys):
+    """The command checks the file against the model at sizes other than the traced one."""
+    assert main(student(tmp_path / "run")) == 0
+    file = tmp_path / "model"
+    assert (
+        main(["export-model", str(tmp_path / "run"), "--format", weight_format, "--output", str(file)]) == 0
+    )
+    assert "largest deviation of boxes" in capsys.readouterr().out
+    assert file.stat().st_size > 10e6
