@@ -20,6 +20,7 @@ STUDENTS = [name for name in COCO if "_selftraining_" in name]
 DOCS = find_config("Base-RetinaNet-EfficientNet-FPN.yaml").parents[1] / "docs" / "model_zoo.md"
 
 B7, R50, R101 = "coco/efficientnet_b7/", "coco/resnet50/", "coco/resnet101/"
+SPINE = "coco/spinenet/spinenet_"
 # The paper's steps of each supervised model, and its steps and alpha of each student.
 SUPERVISED = {
     B7 + "rand_S1": 45000, B7 + "rand_S2": 90000, B7 + "rand_S3": 90000, B7 + "rand_S4": 120000,
@@ -30,6 +31,8 @@ SUPERVISED = {
     B7 + "imagenet_plus_plus_S4": 45000,
     R50 + "rand_S4": 200000, R50 + "imagenet_S4": 160000, R50 + "simclr_S4": 160000,
     R101 + "rand_S1": 45000, R101 + "rand_S2": 90000, R101 + "rand_S3": 90000, R101 + "rand_S4": 180000,
+    SPINE + "49s_S1": 231500, SPINE + "49_S1": 231500, SPINE + "96_S1": 231500,
+    SPINE + "143_S3": 231500, SPINE + "190_S3": 185200,
 }  # fmt: skip
 SELF_TRAINED = {
     B7 + "rand_S1_selftraining_imagenet": (45000, 1.0), B7 + "rand_S2_selftraining_imagenet": (90000, 1.0),
@@ -47,6 +50,8 @@ SELF_TRAINED = {
     R50 + "rand_S4_selftraining_imagenet": (120000, 0.25),
     R101 + "rand_S1_selftraining_imagenet": (90000, 1.0), R101 + "rand_S2_selftraining_imagenet": (90000, 1.0),
     R101 + "rand_S3_selftraining_imagenet": (90000, 0.5), R101 + "rand_S4_selftraining_imagenet": (180000, 0.25),
+    SPINE + "143_S3_selftraining_openimages": (472000, 0.25),
+    SPINE + "190_S3_selftraining_openimages": (370000, 0.5),
 }  # fmt: skip
 
 
@@ -86,7 +91,8 @@ def test_every_config_builds():
         if key not in built:
             with torch.device("meta"):
                 built[key] = build_model(cfg)
-    assert len(built) >= 9  # the demo's, B0-B3, B7, ResNet-50 with two kinds of input, ResNet-101
+    # the demo's, B0-B3, B7, ResNet-50 with two kinds of input, ResNet-101, five SpineNets
+    assert len(built) >= 14
 
 
 def test_the_largest_backbone_builds():
@@ -107,23 +113,27 @@ def test_no_table_of_the_paper_is_left_out():
 def test_schedule(name):
     stem = name[: -len(".yaml")]
     values = dict(flat(load(name)))
+    spinenet = "spinenet" in name
     expected = {
         "SOLVER.MOMENTUM": 0.9,
-        "SOLVER.WEIGHT_DECAY": 1e-4,
-        "SOLVER.WARMUP_ITERS": 1000,
-        "SOLVER.WARMUP_FACTOR": 0.01,
-        "SOLVER.RESCALE_INTERVAL": True,
+        "SOLVER.WEIGHT_DECAY": 4e-5 if spinenet else 1e-4,
+        "SOLVER.WARMUP_ITERS": 2000 if spinenet else 1000,
+        "SOLVER.WARMUP_FACTOR": pytest.approx(0.0067 / 0.28, rel=1e-3) if spinenet else 0.01,
+        "SOLVER.RESCALE_INTERVAL": values["SOLVER.LR_SCHEDULER_NAME"] == "WarmupCosineLR",
         "INPUT.AUGMENTATION.POLICY": re.search(r"_(S\d)", stem)[1],
         "OUTPUT_DIR": f"output/{stem}",
     }
     percent = re.search(r"_\d+percent", stem)
     expected["DATASETS.TRAIN"] = ("coco_2017_train" + (percent[0] if percent else ""),)
+    learning_rate = 0.28 if spinenet else 0.32
     if "one_gpu" in name:
-        assert values["SOLVER.BASE_LR"] == pytest.approx(0.32 * values["SOLVER.IMS_PER_BATCH"] / 256)
+        assert values["SOLVER.BASE_LR"] == pytest.approx(learning_rate * values["SOLVER.IMS_PER_BATCH"] / 256)
     else:
         steps, alpha = SELF_TRAINED.get(stem) or (SUPERVISED[stem], 1.0)
         expected |= {"SOLVER.MAX_ITER": steps, "SELFTRAIN.ALPHA": alpha}
-        expected |= {"SOLVER.IMS_PER_BATCH": 256, "SOLVER.BASE_LR": 0.32}
+        expected |= {"SOLVER.IMS_PER_BATCH": 256, "SOLVER.BASE_LR": learning_rate}
+    if spinenet and "_selftraining_openimages" in name:  # half the images, half of 0.28 or 0.3
+        expected |= {"SOLVER.IMS_PER_BATCH": 128, "SOLVER.BASE_LR": 0.14 if "143" in name else 0.15}
     r101 = name.startswith(R101)
     expected |= {
         "INPUT.AUGMENTATION.RANDAUGMENT_MAGNITUDE": 15.0 if r101 else 10.0,
@@ -132,6 +142,25 @@ def test_schedule(name):
         "SOLVER.WEIGHT_DECAY_BIAS": None if r101 else 0.0,
     }
     assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", [name for name in COCO if name.startswith(SPINE)])
+def test_spinenet_is_that_of_the_published_table(name):
+    cfg = load(name)
+    number = re.match(SPINE + r"(\d+s?)_", name)[1]
+    assert f"spinenet-{number}" == cfg.MODEL.SPINENET.NAME
+    size, anchor, convs, width = {
+        "49s": (640, 3, 4, 128), "49": (640, 3, 4, 0), "96": (1024, 3, 4, 0),
+        "143": (1280, 4, 4, 0), "190": (1280, 4, 7, 0),
+    }[number]  # fmt: skip
+    assert size == cfg.INPUT.AUGMENTATION.IMAGE_SIZE
+    assert (convs, width) == (cfg.MODEL.RETINANET.NUM_CONVS, cfg.MODEL.RETINANET.CONV_DIM)
+    for stride, sizes in zip((8, 16, 32, 64, 128), cfg.MODEL.ANCHOR_GENERATOR.SIZES):
+        assert sizes == pytest.approx([anchor * stride * 2 ** (i / 3) for i in range(3)], rel=1e-4)
+    assert (0.3 if "_S3" in name else 0.0) == cfg.MODEL.RETINANET.SOFT_NMS_SIGMA
+    # A tenth of the learning rate for the last 30 epochs, a hundredth for the last 10; 463 steps of 256 images are one.
+    epoch = 463 * 256 // cfg.SOLVER.IMS_PER_BATCH
+    assert list(cfg.SOLVER.STEPS) == [cfg.SOLVER.MAX_ITER - 30 * epoch, cfg.SOLVER.MAX_ITER - 10 * epoch]
 
 
 @pytest.mark.parametrize("name", COCO)
@@ -161,10 +190,16 @@ def test_students_follow_their_teacher(name):
     assert values["MODEL.WEIGHTS"] == f"{teacher.OUTPUT_DIR}/model_final.pth"
     assert values["SOLVER.PSEUDO_IMS_PER_BATCH"] == values["SOLVER.IMS_PER_BATCH"]
     assert values["DATASETS.PSEUDO_TRAIN"] == (re.search(r"_selftraining_([a-z]+)", name)[1] + "_pseudo",)
-    assert changes(student, teacher) <= {
+    allowed = {
         "MODEL.WEIGHTS", "DATASETS.PSEUDO_TRAIN", "SOLVER.PSEUDO_IMS_PER_BATCH", "SOLVER.MAX_ITER",
         "SELFTRAIN.ALPHA", "OUTPUT_DIR",
     }  # fmt: skip
+    if name.startswith(SPINE):  # other configs than their teachers' were released
+        allowed |= {
+            "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.STEPS", "INPUT.AUGMENTATION.SCALE_RANGE",
+            "MODEL.SPINENET.DROP_CONNECT_RATE",
+        }  # fmt: skip
+    assert changes(student, teacher) <= allowed
 
 
 def test_starting_points_change_nothing_but_the_start():
@@ -180,7 +215,7 @@ def test_starting_points_change_nothing_but_the_start():
 def test_models_start_where_their_name_says(name):
     start = re.match(r"(.*)_S\d", name.rsplit("/", 1)[1])[1]
     cfg = load(name)
-    if start == "rand":
+    if start == "rand" or name.startswith(SPINE):
         assert cfg.MODEL.WEIGHTS == ""
     else:
         model = "resnet50" if name.startswith(R50) else "efficientnet_b7"
@@ -210,7 +245,8 @@ def test_the_model_zoo_page_is_up_to_date():
             assert any(row.startswith(line.replace(" ", "").removesuffix("|")) for row in rows), line
     with torch.device("meta"):
         models = {name: model_table.build_efficientnet(name) for name in model_table.BACKBONES}
-        for name, config in model_table.DETECTORS.items():
+        spinenets = {name: config for name, (config, *_) in model_table.SPINENETS.items()}
+        for name, config in {**model_table.DETECTORS, **spinenets}.items():
             cfg = load(config)
             cfg.MODEL.DEVICE = "meta"
             models[name] = build_model(cfg)

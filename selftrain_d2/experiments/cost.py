@@ -55,7 +55,9 @@ def gpu_hours(exaflop: float, tflops: float) -> float:
 
 
 def model_name(cfg: CfgNode) -> str:
-    """How docs/model_zoo.md calls a config's backbone: EfficientNet-B7, ResNet-50."""
+    """How docs/model_zoo.md calls a config's backbone: EfficientNet-B7, ResNet-50, SpineNet-143."""
+    if "spinenet" in cfg.MODEL.BACKBONE.NAME:
+        return "SpineNet-" + cfg.MODEL.SPINENET.NAME.rpartition("-")[2].upper()
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
         return f"ResNet-{cfg.MODEL.RESNETS.DEPTH}"
     return "EfficientNet-" + cfg.MODEL.EFFICIENTNET.NAME.rpartition("-")[2].upper()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,16 @@ DETECTORS = {
     "ResNet-50": "coco/resnet50/rand_S4.yaml",
     "ResNet-101": "coco/resnet101/rand_S1.yaml",
 }
+# SpineNets, and ResNet-50 beside them: config, and parameters (M) and GFLOPs of 91 classes and milliseconds on a V100
+# that [TF]'s model zoo (github.com/tensorflow/tpu, models/official/detection/MODEL_ZOO.md) lists for it.
+SPINENETS = {
+    "ResNet-50": ("coco/resnet50/rand_S4.yaml", "34.0", "97.0", "23"),
+    "SpineNet-49S": ("coco/spinenet/spinenet_49s_S1.yaml", "11.9", "33.8", "19"),
+    "SpineNet-49": ("coco/spinenet/spinenet_49_S1.yaml", "28.5", "85.4", "24"),
+    "SpineNet-96": ("coco/spinenet/spinenet_96_S1.yaml", "43.0", "265.4", "53"),
+    "SpineNet-143": ("coco/spinenet/spinenet_143_S3.yaml", "67.0", "524.0", "97"),
+    "SpineNet-190": ("coco/spinenet/spinenet_190_S3.yaml", "163.6", "1885.0", ""),
+}
 # Segmentation models: config, and parameters (M) and GFLOPs that the paper and its code give for it.
 SEGMENTORS = {
     "EfficientNet-B0": ("pascal_voc/one_gpu/efficientnet_b0_S4.yaml", "", ""),
@@ -50,6 +61,7 @@ FAMILIES = {
     "coco/efficientnet_b7": "EfficientNet-B7 (Tables 2 and 3)",
     "coco/resnet50": "ResNet-50 (Table 4)",
     "coco/resnet101": "ResNet-101 (Table 12)",
+    "coco/spinenet": "SpineNet (Table 5)",
     "coco/one_gpu": "One GPU (ours)",
     "pascal_voc/efficientnet_b7": "PASCAL VOC: EfficientNet-B7 (Tables 8, 11 and 14)",
     "pascal_voc/efficientnet_l2": "PASCAL VOC: EfficientNet-L2 (Table 6)",
@@ -108,6 +120,38 @@ def detector_table() -> str:
     return _size_table("detector on", models)
 
 
+def cpu_seconds(model: nn.Module, size: int, repetitions: int = 3) -> str:
+    """Processor time of a forward pass of one image on one core, the least of some repetitions.
+
+    It depends on what else the machine does, but less than time by the clock.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = []
+    with torch.no_grad():
+        for _ in range(repetitions):
+            start = time.process_time()
+            model.eval()(torch.zeros(1, 3, size, size))
+            times.append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    return f"{min(times):.2f}"
+
+
+def spinenet_table() -> str:
+    """Each at its own size of images: parameters, operations and time, and what is published."""
+    rows = []
+    for name, (config, *published) in SPINENETS.items():
+        cfg = load_config(config)
+        model, size = DenseOutputs(build_model(cfg)), cfg.INPUT.AUGMENTATION.IMAGE_SIZE
+        measured = [millions_of_parameters(model), gflops(model, size), f"{size}", cpu_seconds(model, size)]
+        rows.append([name, *measured, *published])
+    titles = ["parameters (M)", "GFLOPs", "at pixels", "CPU seconds"]
+    return markdown_table(
+        ["detector on", *titles, "published: parameters (M)", "GFLOPs", "V100, ms"],
+        rows,
+    )
+
+
 def classifier_size(name: str, size: int) -> tuple[float, float]:
     """Parameters (M) and operations (G) of the part of an EfficientNet that detectors leave out.
 
@@ -153,7 +197,7 @@ def results_table(family: str) -> str:
     for path in sorted((CONFIGS / family).glob("*.yaml")):
         cfg = load_config(f"{family}/{path.name}")
         human, pseudo = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.PSEUDO_IMS_PER_BATCH
-        in_paper = re.search(rf"([\d.]+) {metric} in the paper", path.read_text(encoding="utf-8"))
+        in_paper = re.search(rf"([\d.]+) {metric} (in the paper|published)", path.read_text(encoding="utf-8"))
         rows.append(
             [
                 f"[{path.stem}](../configs/{family}/{path.name})",
@@ -172,4 +216,4 @@ def results_table(family: str) -> str:
 if __name__ == "__main__":
     for family, title in FAMILIES.items():
         print(f"### {title}\n\n{results_table(family)}\n")
-    print(detector_table(), segmentation_table(), backbone_table(), sep="\n\n")
+    print(detector_table(), spinenet_table(), segmentation_table(), backbone_table(), sep="\n\n")
