@@ -1,37 +1,47 @@
-"""EfficientNet features: ours beside timm's ``features_only`` of the same size."""
+"""Features: our EfficientNet beside timm's ``features_only``, our SpineNet beside detectron2's ResNet-50 with FPN."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone
 from torch import nn
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.benchmarks.timing import markdown_table, ratio, spread, time_in_turns
-from selftrain_d2.modeling.backbone import EfficientNet, batch_norm_builder, fuse_batch_norms
+from selftrain_d2.modeling.backbone import EfficientNet, SpineNet, batch_norm_builder, fuse_batch_norms
+from selftrain_d2.modeling.backbone.spinenet import SIZES
 
 # Name -> images per step on a GPU (bfloat16) and on a CPU core (float32).
-BATCHES = {"efficientnet-b0": (64, 1), "efficientnet-b3": (32, 1), "efficientnet-b7": (8, 1)}
+BATCHES = {
+    "efficientnet-b0": (64, 1),
+    "efficientnet-b3": (32, 1),
+    "efficientnet-b7": (8, 1),
+    "spinenet-49": (32, 1),
+}
 GPU_SIZE, CPU_SIZE = 640, 384
 DROP_CONNECT_RATE = 0.2
 FORWARD, TRAIN = "forward", "forward + backward"
+R50_FPN = "R50-FPN"
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Time C2-C5 without gradients in evaluation mode, and with the backward pass in training mode.
+    """Time C2-C5 (P3-P7 of SpineNet) without gradients in evaluation mode, and with the backward pass in training mode.
 
     On a GPU with bfloat16 autocast and channels_last for all; on a CPU in float32, ours in its default format
-    and timm in both. "fused" is ours with batch norms folded, as for inference.
+    and the other in both. "fused" is ours with batch norms folded, as for inference.
 
     Args:
         rounds: how often each is measured.
 
     Returns:
         ``table`` (Markdown) and the figures behind it: ``speed`` (images per second), ``time_ratio`` (our time
-        / timm's) and on a GPU ``peak_memory_gib``, by model, pass and contestant; each but the memory with the
-        median, smallest and largest of the rounds.
+        / timm's or R50-FPN's) and on a GPU ``peak_memory_gib``, by model, pass and contestant; each but the memory
+        with the median, smallest and largest of the rounds.
 
     Raises:
         InputError: timm is not installed.
@@ -48,40 +58,56 @@ def run(rounds: int) -> dict[str, Any]:
                 memory = {key: _peak_memory(step) for key, step in contestants.items()}
                 results["peak_memory_gib"].setdefault(name, {})[phase] = memory
             speeds = time_in_turns(contestants, batch, rounds)
-            others = [key for key in contestants if key != "timm"]
-            ratios = {key: ratio(speeds, "timm", key) for key in others}
+            baseline = R50_FPN if name in SIZES else "timm"
+            ratios = {key: ratio(speeds, baseline, key) for key in contestants if key != baseline}
             results["speed"].setdefault(name, {})[phase] = {k: spread(v) for k, v in speeds.items()}
             results["time_ratio"].setdefault(name, {})[phase] = ratios
             rows += [
                 [
                     f"{name}, {batch} x {size} px, {phase}, {key}",
                     f"{spread(speeds[key])['median']:.2f}",
-                    "" if key == "timm" else "{median:.2f} ({min:.2f} - {max:.2f})".format(**ratios[key]),
+                    "{median:.2f} ({min:.2f} - {max:.2f})".format(**ratios[key]) if key in ratios else "",
                     f"{memory[key]:.1f}" if on_gpu else "",
                 ]
                 for key in contestants
             ]
-    results["table"] = markdown_table(["", "images/s", "time / timm's", "peak memory, GiB"], rows)
+    results["table"] = markdown_table(
+        ["", "images/s", f"time / timm's or {R50_FPN}'s", "peak memory, GiB"], rows
+    )
     return results
 
 
 def _contestants(name: str, images: torch.Tensor, phase: str) -> dict[str, Callable[[], None]]:
     device = images.device.type
     norm = batch_norm_builder("BN", device=device, eps=1e-3, momentum=0.01)
-    ours = EfficientNet(
-        name=name,
-        out_features=["res2", "res3", "res4", "res5"],
-        norm=norm,
-        drop_connect_rate=DROP_CONNECT_RATE,
-    )
-    channels_last = _timm_model(name).to(memory_format=torch.channels_last)
-    models = {"ours": ours, "timm": channels_last}
+    if name in SIZES:
+        ours = SpineNet(size=SIZES[name], norm=norm)
+        other, build = R50_FPN, _resnet50_fpn
+    else:
+        ours = EfficientNet(
+            name=name,
+            out_features=["res2", "res3", "res4", "res5"],
+            norm=norm,
+            drop_connect_rate=DROP_CONNECT_RATE,
+        )
+        other, build = "timm", functools.partial(_timm_model, name)
+    channels_last = build().to(memory_format=torch.channels_last)
+    models = {"ours": ours, other: channels_last}
     if device == "cpu":
-        models = {"ours": ours, "timm": _timm_model(name), "timm, channels_last": channels_last}
+        models = {"ours": ours, other: build(), f"{other}, channels_last": channels_last}
     if phase == FORWARD:
         models["ours, fused"] = fuse_batch_norms(ours)
     train = phase == TRAIN
     return {key: _step(model.to(device).train(train), images, train) for key, model in models.items()}
+
+
+def _resnet50_fpn() -> nn.Module:
+    """detectron2's RetinaNet backbone with outputs P3-P7, as it is trained from random weights."""
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_retinanet_resnet_fpn_backbone", 0
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.NORM = "BN"
+    return build_backbone(cfg)
 
 
 def _timm_model(name: str) -> nn.Module:

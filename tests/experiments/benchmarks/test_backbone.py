@@ -20,6 +20,18 @@ def test_table_and_figures(monkeypatch):
     assert len(results["table"].splitlines()) == 2 + len(forward) + len(train)
 
 
+def test_spinenet_beside_detectron2s_pyramid(monkeypatch):
+    monkeypatch.setattr(benchmark_backbone, "BATCHES", {"spinenet-49s": (2, 2)})
+    monkeypatch.setattr(benchmark_backbone, "GPU_SIZE", 128)
+    monkeypatch.setattr(benchmark_backbone, "CPU_SIZE", 128)
+    results = benchmark_backbone.run(1)
+    for phase in ("forward", "forward + backward"):
+        speeds, ratios = (results[key]["spinenet-49s"][phase] for key in ("speed", "time_ratio"))
+        assert "R50-FPN" in speeds and "R50-FPN" not in ratios
+        measured = speeds["R50-FPN"]["median"] / speeds["ours"]["median"]
+        assert ratios["ours"]["median"] == pytest.approx(measured)
+
+
 def test_needs_timm(monkeypatch):
     real = builtins.__import__
 
