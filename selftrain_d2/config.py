@@ -46,8 +46,11 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # The heads' batch norms (MODEL.RETINANET.NORM) have statistics for each level. True: weight and bias too
     # ([TF]). False: these are shared by all levels, as in detectron2.
     cfg.MODEL.RETINANET.NORM_AFFINE_PER_LEVEL = False
-    # The heads' convolutions: their channels (0: as many as the features have), and relu or swish after each.
+    # The channels of the heads' convolutions. 0: as many as the features have.
     cfg.MODEL.RETINANET.CONV_DIM = 0
+    # The heads' convolutions are a depthwise 3x3 and a 1x1 one, as EfficientDet's. False: full ones.
+    cfg.MODEL.RETINANET.SEPARABLE = False
+    # relu or swish after each of the heads' convolutions.
     cfg.MODEL.RETINANET.ACTIVATION = "relu"
     # Constants of batch norm; detectron2's. [TF] has eps 1e-4 and momentum 0.003 (0.997 in its convention) in all
     # three. MODEL.RESNETS: of our build_retinanet_resnet_fpn_p5_backbone alone.
@@ -86,6 +89,14 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # As MODEL.EFFICIENTNET.CHECKPOINT_ACTIVATIONS and CHANNELS_LAST.
     cfg.MODEL.SPINENET.CHECKPOINT_ACTIVATIONS = False
     cfg.MODEL.SPINENET.CHANNELS_LAST = True
+    # ---- BiFPN; MODEL.FPN.IN_FEATURES, OUT_CHANNELS and NORM* are its too -----------------------
+    cfg.MODEL.BIFPN = CfgNode()
+    # Backbone below build_bifpn_backbone: a name in BACKBONE_REGISTRY.
+    cfg.MODEL.BIFPN.BOTTOM_UP = "build_efficientnet_backbone"
+    # Cells one after another; EfficientDet-D0 has 3, D7 8.
+    cfg.MODEL.BIFPN.REPEATS = 3
+    # "fast": each input of a node has a learned weight (EfficientDet-D0 to D5). "sum": a plain sum (D6 to D7x).
+    cfg.MODEL.BIFPN.ATTENTION = "fast"
 
     # ---- SemSegPyramidSumHead -------------------------------------------------------------------
     # 3x3 convolutions before the classifier.

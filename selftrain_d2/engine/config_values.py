@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from selftrain_d2.data.loader import SAMPLERS
 from selftrain_d2.engine.trackers import TRACKERS
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.bifpn import ATTENTIONS
 from selftrain_d2.modeling.backbone.spinenet import ACTIVATIONS, SIZES
 from selftrain_d2.modeling.backbone.spinenet_blocks import RESAMPLINGS
 from selftrain_d2.modeling.classes import is_segmentor
@@ -67,13 +68,15 @@ RULES: dict[str, Rule] = {
     "MODEL.META_ARCHITECTURE": _registered(META_ARCH_REGISTRY),
     "MODEL.BACKBONE.NAME": _registered(BACKBONE_REGISTRY),
     "MODEL.DEVICE": Rule(_is_device, lambda: "cpu, cuda, or cuda:N for GPU N of this machine, from 0"),
-    "MODEL.RETINANET.ACTIVATION": _one_of(lambda: ("relu", "swish")),
     "MODEL.RETINANET.CONV_DIM": _at_least(0),
     "MODEL.SPINENET.NAME": _one_of(lambda: SIZES),
     "MODEL.SPINENET.ACTIVATION": _one_of(lambda: ACTIVATIONS),
     "MODEL.SPINENET.DROP_CONNECT_RATE": Rule(lambda value: 0 <= value < 1, lambda: "in [0, 1)"),
     "MODEL.SPINENET.OUT_CHANNELS": _at_least(0),
     "MODEL.SPINENET.RESAMPLING": _one_of(lambda: RESAMPLINGS),
+    "MODEL.BIFPN.ATTENTION": _one_of(lambda: ATTENTIONS),
+    "MODEL.BIFPN.REPEATS": _at_least(1),
+    "MODEL.RETINANET.ACTIVATION": _one_of(lambda: ("relu", "swish")),
     "DATALOADER.NUM_WORKERS": _at_least(0),
     "INPUT.CLASSIFICATION_IMAGE_SIZE": _at_least(0),
     "DATALOADER.SAMPLER_TRAIN": _one_of(lambda: SAMPLERS),

@@ -21,6 +21,8 @@ VALUES = {
     "MODEL.SPINENET.DROP_CONNECT_RATE": ([-0.1, 1.0, float("nan")], [0.0, 0.99]),
     "MODEL.SPINENET.OUT_CHANNELS": ([-1], [0, 128]),
     "MODEL.SPINENET.RESAMPLING": (["max", ""], ["pool", "repeated_pool", "conv"]),
+    "MODEL.BIFPN.ATTENTION": (["softmax", ""], ["fast", "sum"]),
+    "MODEL.BIFPN.REPEATS": ([0], [1]),
     "DATALOADER.NUM_WORKERS": ([-1], [0]),
     "SOLVER.BASE_LR": ([-0.1, float("nan")], [0.0]),
     "SOLVER.CHECKPOINT_PERIOD": ([0, -5], [1]),

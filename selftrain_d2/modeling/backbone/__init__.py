@@ -1,5 +1,6 @@
-"""EfficientNet, SpineNet, FPN and NAS-FPN. Importing this package registers them with detectron2."""
+"""EfficientNet, SpineNet, FPN, NAS-FPN and BiFPN. Importing this package registers them with detectron2."""
 
+from selftrain_d2.modeling.backbone.bifpn import BiFPN, build_bifpn_backbone
 from selftrain_d2.modeling.backbone.efficientnet import (
     EFFICIENTNET_NAMES,
     EfficientNet,
@@ -17,9 +18,11 @@ from selftrain_d2.modeling.backbone.spinenet import SpineNet, build_spinenet_bac
 __all__ = [
     "EFFICIENTNET_NAMES",
     "NASFPN",
+    "BiFPN",
     "EfficientNet",
     "SpineNet",
     "batch_norm_builder",
+    "build_bifpn_backbone",
     "build_efficientnet_backbone",
     "build_efficientnet_fpn_backbone",
     "build_nas_fpn_backbone",

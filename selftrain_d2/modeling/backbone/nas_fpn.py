@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.modeling.backbone.bottom_up import pyramid_input_strides
 from selftrain_d2.modeling.backbone.norm import configured_norm
 
 
@@ -155,19 +156,8 @@ class NASFPN(Backbone):
         """
         super().__init__()
         shapes = bottom_up.output_shape()
-        if not 1 <= len(in_features) <= LEVELS or not shapes.keys() >= set(in_features):
-            raise InputError(
-                f"MODEL.FPN.IN_FEATURES is {list(in_features)}: give one to {LEVELS} features of the backbone, for "
-                f"example ['res3', 'res4', 'res5']; it has {list(shapes)}."
-            )
-        finest = int(math.log2(shapes[in_features[0]].stride))
-        strides = [2 ** (finest + level) for level in range(LEVELS)]
-        given = [shapes[name].stride for name in in_features]
-        if given != strides[: len(given)]:
-            raise InputError(
-                f"MODEL.FPN.IN_FEATURES is {list(in_features)}, of strides {given}: in NAS-FPN each stride is a power "
-                "of 2 and twice the one before."
-            )
+        finest = pyramid_input_strides(shapes, in_features, "NAS-FPN", LEVELS)[0]
+        strides = [finest * 2**level for level in range(LEVELS)]
         if activation not in ACTIVATIONS:
             raise InputError(
                 f"Unknown MODEL.NAS_FPN.ACTIVATION {activation!r}: use one of {', '.join(ACTIVATIONS)}."
@@ -187,7 +177,7 @@ class NASFPN(Backbone):
             NASFPNCell(out_channels, norm=norm, separable=separable, activation=ACTIVATIONS[activation])
             for _ in range(repeats)
         )
-        self._out_features = [f"p{finest + level}" for level in range(LEVELS)]
+        self._out_features = [f"p{int(math.log2(stride))}" for stride in strides]
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
         self._out_feature_strides = dict(zip(self._out_features, strides))
 

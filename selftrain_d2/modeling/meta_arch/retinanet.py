@@ -17,7 +17,12 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.matcher import BestAnchorMatcher
 from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule
-from selftrain_d2.modeling.meta_arch.retinanet_head import build_head, set_head_activation, set_head_norms
+from selftrain_d2.modeling.meta_arch.retinanet_head import (
+    build_head,
+    make_separable,
+    set_head_activation,
+    set_head_norms,
+)
 from selftrain_d2.modeling.soft_nms import soft_nms
 
 #: MODEL.RETINANET.BBOX_REG_LOSS_TYPE, but smooth_l1 -> losses (P,) of predicted and true boxes.
@@ -73,6 +78,8 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
         if keys.CONV_DIM:
             shapes = args["backbone"].output_shape()
             args["head"] = build_head(cfg, [shapes[name] for name in keys.IN_FEATURES])
+        if keys.SEPARABLE:
+            make_separable(args["head"])
         set_head_activation(args["head"], keys.ACTIVATION)
         set_head_norms(args["head"], cfg)
         if keys.FORCE_BEST_ANCHOR:
