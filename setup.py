@@ -16,8 +16,10 @@ SIMCLR = ["lightly"]
 TIMM = ["timm>=0.9"]
 # ONNX files of `selftrain-d2 export-model`, and their check.
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+# EfficientDet, for the tests and the benchmark to compare with.
+EFFDET = "effdet>=0.4.1"
 # What runs the tests, the notebook of examples/ among them.
-TESTS = ["hypothesis", "ipykernel", "nbclient", "pytest>=7.3", "ruff", SUPERVISION]
+TESTS = [EFFDET, "hypothesis", "ipykernel", "nbclient", "pytest>=7.3", "ruff", SUPERVISION]
 # SLURM for `selftrain-d2 grid`.
 SLURM = ["submitit"]
 # Experiment trackers, SELFTRAIN.TRACKERS. MLflow's client is enough.

@@ -53,6 +53,15 @@ SELF_TRAINED = {
     SPINE + "143_S3_selftraining_openimages": (472000, 0.25),
     SPINE + "190_S3_selftraining_openimages": (370000, 0.5),
 }  # fmt: skip
+# EfficientDet (google/automl, efficientdet): backbone, image size, pyramid's channels and cells, convolutions of the
+# heads, anchor scale, levels, epochs.
+EFFICIENTDET = {
+    "d0": ("b0", 512, 64, 3, 3, 4, 5, 300), "d1": ("b1", 640, 88, 4, 3, 4, 5, 300),
+    "d2": ("b2", 768, 112, 5, 3, 4, 5, 300), "d3": ("b3", 896, 160, 6, 4, 4, 5, 300),
+    "d4": ("b4", 1024, 224, 7, 4, 4, 5, 300), "d5": ("b5", 1280, 288, 7, 4, 4, 5, 300),
+    "d6": ("b6", 1280, 384, 8, 5, 4, 5, 300), "d7": ("b6", 1536, 384, 8, 5, 5, 5, 600),
+    "d7x": ("b7", 1536, 384, 8, 5, 4, 6, 600),
+}  # fmt: skip
 
 
 def load(*names):
@@ -220,6 +229,45 @@ def test_models_start_where_their_name_says(name):
     else:
         model = "resnet50" if name.startswith(R50) else "efficientnet_b7"
         assert not changes(load(name, f"starting_points/{model}_{start}.yaml"), cfg)
+
+
+@pytest.mark.parametrize("name", EFFICIENTDET)
+def test_efficientdet(name):
+    backbone, size, channels, cells, convs, scale, levels, epochs = EFFICIENTDET[name]
+    cfg = load(f"efficientdet/{name}.yaml")
+    values = dict(flat(cfg))
+    expected = {
+        "MODEL.EFFICIENTNET.NAME": f"efficientnet-{backbone}",
+        "INPUT.AUGMENTATION.IMAGE_SIZE": size,
+        "INPUT.AUGMENTATION.SCALE_RANGE": (0.1, 2.0),
+        "MODEL.FPN.OUT_CHANNELS": channels,
+        "MODEL.BIFPN.REPEATS": cells,
+        "MODEL.BIFPN.ATTENTION": "sum" if name in ("d6", "d7", "d7x") else "fast",
+        "MODEL.RETINANET.NUM_CONVS": convs,
+        "MODEL.RETINANET.IN_FEATURES": [f"p{level}" for level in range(3, 3 + levels)],
+        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 1.5,
+        "MODEL.RETINANET.LOSS_NORMALIZER": "batch",
+        "MODEL.RETINANET.FORCE_BEST_ANCHOR": True,
+        "SOLVER.WEIGHT_DECAY": 4e-5,
+        "SOLVER.BASE_LR": 0.08 * cfg.SOLVER.IMS_PER_BATCH / 64,
+        "SELFTRAIN.WEIGHT_EMA_DECAY": 0.9998,
+        "OUTPUT_DIR": f"output/efficientdet/{name}",
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == levels
+    for level, sizes in enumerate(cfg.MODEL.ANCHOR_GENERATOR.SIZES, 3):
+        assert sizes == pytest.approx([scale * 2 ** (level + octave / 3) for octave in range(3)])
+    images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    assert images / 118287 == pytest.approx(epochs, rel=1e-4)
+
+
+def test_efficientdet_student():
+    teacher, student = load("efficientdet/d0.yaml"), load("efficientdet/d0_selftraining_imagenet.yaml")
+    assert f"{teacher.OUTPUT_DIR}/model_final.pth" == student.MODEL.WEIGHTS
+    assert student.SOLVER.PSEUDO_IMS_PER_BATCH == student.SOLVER.IMS_PER_BATCH
+    assert changes(student, teacher) == {
+        "MODEL.WEIGHTS", "DATASETS.PSEUDO_TRAIN", "SOLVER.PSEUDO_IMS_PER_BATCH", "OUTPUT_DIR",
+    }  # fmt: skip
 
 
 def test_the_demo_has_detectron2s_losses_and_heads():

@@ -20,7 +20,7 @@ ALLOWED = {
     "environment": set(),
     "files": {"errors"},
     "data": {"errors", "files"},
-    "modeling": {"errors", "files"},
+    "modeling": {"errors", "files", "config"},
     "labeling": {"errors", "files", "data", "modeling"},
     "inspection": {"errors", "files", "data", "labeling"},
     "deployment": {"errors", "files", "config", "data", "modeling", "labeling"},

