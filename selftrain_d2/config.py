@@ -233,6 +233,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.TTA.SCALES = (1.0,)
     # Each box is the mean, by score, of the boxes of its class in all views from this IoU with it on; 0: the best one.
     cfg.SELFTRAIN.TTA.BOX_VOTING = 0.0
+    # When several processes label: after so many seconds in which none finished a shard, those that have nothing to do
+    # make the ones that others had taken as well. More than a shard of 256 images takes saves work made twice.
+    cfg.SELFTRAIN.TAKE_OVER_SECONDS = 300.0
     # Warn while a smaller share of the pseudo-labeled images has a box, or of their pixels a class.
     cfg.SELFTRAIN.MIN_NONEMPTY_SHARE = 0.05
     # Warn while pseudo-labeled images have more than so many times the boxes of human-labeled ones, per image.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def whole_file(file: str | os.PathLike) -> Iterator[Path]:
         InputError: see :func:`writing`.
     """
     file = Path(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{process_name()}")
     try:
         with writing(file):
             yield temporary
@@ -69,6 +70,11 @@ def whole_file(file: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
+
+
+def process_name() -> str:
+    """Tells this process from others, also from those of other machines, which may have its number."""
+    return f"{os.getpid()}-{socket.gethostname()}"
 
 
 def is_empty(folder: str | os.PathLike, record: str) -> bool:

@@ -98,6 +98,7 @@ RULES: dict[str, Rule] = {
     "SELFTRAIN.IGNORE_OVERLAP_THRESH": Rule(lambda value: 0 < value <= 1, lambda: "in (0, 1]"),
     "SELFTRAIN.MAX_BOXES_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.MAX_LOSS_RATIO": Rule(lambda value: value > 0, lambda: "above 0"),
+    "SELFTRAIN.TAKE_OVER_SECONDS": Rule(lambda value: value > 0, lambda: "above 0"),
     "SELFTRAIN.TEACHER": _one_of(lambda: ("labels", "moving_average")),
     "SELFTRAIN.TEACHER_EMA_DECAY": Rule(lambda value: 0 < value < 1, lambda: "in (0, 1)"),
     "SELFTRAIN.TEACHER_CHECK_PERIOD": _at_least(0),

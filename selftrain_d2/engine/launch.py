@@ -43,7 +43,7 @@ from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.config_checks import check_evaluated_classes, check_test_sets
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.loss_normalizer import model_of
-from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held, on_main_process
+from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
@@ -57,6 +57,7 @@ from selftrain_d2.modeling.checkpoint import (
     require_same_anchors,
 )
 from selftrain_d2.modeling.torch_flags import torch_flag
+from selftrain_d2.processes import on_main_process
 
 logger = logging.getLogger(__name__)
 

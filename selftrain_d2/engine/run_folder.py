@@ -7,14 +7,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-from detectron2.utils import comm
 
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import remove_unfinished, writing
 from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
+from selftrain_d2.processes import on_main_process
 
 #: File in OUTPUT_DIR with the evaluation at the end of training; written last. ``{task: {metric: value}}``, and with
 #: several names in DATASETS.TEST ``{dataset: {task: {metric: value}}}``.
@@ -57,24 +55,6 @@ def held(folder: str | os.PathLike, check: Callable[[], None] | None = None) -> 
     finally:
         if lock is not None:
             lock.close()
-
-
-def on_main_process(function: Callable[[], Any]) -> Any:
-    """What ``function()`` returns in the main process, None in the others.
-
-    Raises:
-        InputError: in every process, if it was raised in the main one: none waits for one that is gone.
-    """
-    result = problem = None
-    if comm.is_main_process():
-        try:
-            result = function()
-        except InputError as error:
-            problem = error
-    problem = comm.all_gather(problem)[0]
-    if problem is not None:
-        raise problem
-    return result
 
 
 def check_run_folder(folder: str | os.PathLike, resume: bool) -> None:

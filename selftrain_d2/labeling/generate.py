@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -10,14 +11,14 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import detectron2
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from selftrain_d2.data.pseudo_labels.shards import BOXES
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.errors import InputError
+from selftrain_d2.labeling.claims import Claims
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
@@ -40,8 +42,12 @@ from selftrain_d2.modeling.checkpoint import (
     require_same_anchors,
 )
 from selftrain_d2.modeling.classes import number_of_classes, stored_classes
+from selftrain_d2.processes import on_main_process, shared_store, wait_until
 
 logger = logging.getLogger(__name__)
+
+# Shards that a process checks at a time, of a folder that is there.
+_CHECKED_TOGETHER = 64
 
 
 def generate_pseudo_labels(
@@ -55,12 +61,15 @@ def generate_pseudo_labels(
     thing_classes: Sequence[str] | None = None,
     tiles: Tiles | None = None,
     allow_unsafe: bool = False,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Label images with a trained detector or segmentor and write a pseudo-label folder.
 
     Images are seen at the test size, unchanged unless SELFTRAIN.TTA says otherwise. Work that was stopped
-    goes on where it stopped when called again, and ends with the same rows. In several processes
-    (detectron2's ``launch``) each takes its share.
+    goes on where it stopped when called again, and ends with the same rows. Several processes (detectron2's
+    ``launch``, torchrun) take shards as they become free, check those that are there together, and make shards of a
+    process that died or hangs as well: when nothing was finished for SELFTRAIN.TAKE_OVER_SECONDS. They wait for each
+    other without collectives, so that no time limit of the process group ends the work.
 
     Args:
         cfg: the teacher's config; MODEL.WEIGHTS is the teacher.
@@ -76,6 +85,7 @@ def generate_pseudo_labels(
             the same. By default those in the checkpoint, else those of DATASETS.TRAIN.
         tiles: look at images tile by tile; the boxes are in pixels of the images, each object once.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
+        alone: in this process, though it is one of several, of which the others do not call this.
 
     Returns:
         The manifest: how many images were labeled, empty and skipped, by which teacher, and when.
@@ -113,25 +123,31 @@ def generate_pseudo_labels(
         "tiles": None if tiles is None else dataclasses.asdict(tiles),
         "image_root": image_root,
     }
-    if comm.is_main_process():
-        writer = PseudoLabelWriter(output, identity, list(file_names))
-    comm.synchronize()
-    if not comm.is_main_process():
-        writer = PseudoLabelWriter(output, identity, list(file_names), exclusive=False)
+    names = list(file_names)
+    store = dist.HashStore() if alone else shared_store()
+
+    def open_folder() -> PseudoLabelWriter:
+        return PseudoLabelWriter(output, identity, names, check=False)
+
+    writer = open_folder() if alone else on_main_process(open_folder)
+    leads = writer is not None
+    if writer is None:
+        writer = PseudoLabelWriter(output, identity, names, exclusive=False)
     with writer:  # the main process holds the folder to the end
+        _check_shards(writer, Claims(dist.PrefixStore("check", store), cfg.SELFTRAIN.TAKE_OVER_SECONDS))
         missing = writer.missing_shards()
         if not missing and writer.finished:
-            logger.info(f"{output}: all {len(file_names)} images are labeled already.")
+            logger.info(f"{output}: all {len(names)} images are labeled already.")
             return writer.manifest
-        comm.synchronize()  # no process writes before all have listed what is missing
 
         labeling_start = time.perf_counter()
-        shards = missing[comm.get_rank() :: comm.get_world_size()]
-        _label_shards(cfg, teacher, image_root, writer, shards, batch_size, tiles)
-        comm.synchronize()
-        if not comm.is_main_process():
-            return writer.manifest
         images = sum(len(writer.shard_range(shard)) for shard in missing)
+        claims = Claims(dist.PrefixStore("label", store), cfg.SELFTRAIN.TAKE_OVER_SECONDS)
+        with tqdm(desc="pseudo labels", unit="image", total=images, disable=not leads) as progress:
+            for shards in claims.rounds(writer.missing_shards):
+                _label_shards(cfg, teacher, image_root, writer, shards, batch_size, tiles, claims, progress)
+        if not leads and not _is_left_to_finish(writer, cfg.SELFTRAIN.TAKE_OVER_SECONDS):
+            return writer.manifest
         manifest = writer.finish(
             teacher_weights=os.path.abspath(cfg.MODEL.WEIGHTS),
             views=number_of_views(cfg),
@@ -147,10 +163,29 @@ def generate_pseudo_labels(
         if manifest["skipped"]:
             name, reason = next(iter(manifest["skipped"].items()))
             logger.warning(
-                f"{output}: {len(manifest['skipped'])} of {len(file_names)} images were skipped, e.g. {name} "
+                f"{output}: {len(manifest['skipped'])} of {len(names)} images were skipped, e.g. {name} "
                 f"({reason}); manifest.json names all."
             )
         return manifest
+
+
+def _check_shards(writer: PseudoLabelWriter, claims: Claims) -> None:
+    """Remove what is damaged of the shards that are there; each process checks some of them."""
+    parts = collections.defaultdict(list)
+    for shard, file in writer.shards():
+        parts[shard // _CHECKED_TOGETHER].append((shard, file))
+    for claimed in claims.rounds(lambda: claims.unmarked(parts)):
+        for part in claimed:
+            writer.check_shards(parts[part])
+            claims.mark(part)
+
+
+def _is_left_to_finish(writer: PseudoLabelWriter, patience: float) -> bool:
+    """Wait for the main process to finish the folder; True if it is gone, and this process now holds the folder."""
+    while not wait_until(lambda: writer.finished, patience):
+        if writer.take():
+            return not writer.finished
+    return False
 
 
 def _label_shards(
@@ -158,13 +193,28 @@ def _label_shards(
     teacher: Teacher | SegmentationTeacher,
     image_root: str,
     writer: PseudoLabelWriter,
-    shards: Sequence[int],
+    shards: Iterator[int],
     batch_size: int,
     tiles: Tiles | None,
+    claims: Claims,
+    progress: tqdm,
 ) -> None:
-    """Label and write some shards, one after the other, while images of the next are read."""
-    numbers = [len(writer.shard_range(shard)) for shard in shards]
-    names = [writer.file_names[i] for shard in shards for i in writer.shard_range(shard)]
+    """Label and write some shards, one after the other, while images of the next are read.
+
+    Args:
+        shards: each is taken when the first of its images is to be read.
+    """
+    begun: collections.deque[int] = collections.deque()  # shards whose images are read, or soon will be
+
+    def names_of(shards: Iterator[int]) -> Iterator[str]:
+        for shard in shards:
+            begun.append(shard)
+            yield from (writer.file_names[i] for i in writer.shard_range(shard))
+
+    first = next(shards, None)
+    if first is None:  # reading processes would be started for nothing
+        return
+    names = names_of(itertools.chain([first], shards))
     makes_rows = {}
     if isinstance(teacher, SegmentationTeacher):
         # A mask is written when it is made: those of a shard are large together.
@@ -181,17 +231,24 @@ def _label_shards(
             label_tiles_in_order,
             tiles=tiles,
             augmentations=view_augmentations(cfg),
-            progress=comm.is_main_process(),
+            progress=not progress.disable,
         )
-    # Shards share no batch: so the rows of a shard are the same whatever was labeled before it, and where.
-    rows = itertools.chain.from_iterable(
-        label(itertools.islice(samples, number), teacher, batch_size) for number in numbers
-    )
-    if comm.is_main_process():
-        rows = iter(tqdm(rows, desc="pseudo labels", unit="image", total=len(names)))
-    for shard, number in zip(shards, numbers):
-        writer.write_shard(shard, itertools.islice(rows, number))
-    next(rows, None)  # so that the progress bar sees the end
+    for sample in samples:
+        shard = begun.popleft()
+        number = len(writer.shard_range(shard))
+        of_shard = itertools.chain([sample], itertools.islice(samples, number - 1))
+        del sample  # or it would keep a large image
+        # Shards share no batch: so the rows of a shard are the same whatever was labeled before it, and where.
+        rows = label(of_shard, teacher, batch_size)
+        writer.write_shard(shard, _counted(rows, progress))
+        progress.n = claims.count(number)  # by all processes
+        progress.refresh()
+
+
+def _counted(rows: Iterator[dict[str, Any]], progress: tqdm) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        progress.update()
+        yield row
 
 
 def teacher_config_sha256(cfg: CfgNode) -> str:

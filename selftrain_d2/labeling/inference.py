@@ -161,7 +161,7 @@ def make_sample(name: str, image: np.ndarray, augmentations: Sequence[T.Augmenta
     return {"file_name": name, "height": image.shape[0], "width": image.shape[1], "images": images}
 
 
-def read_ahead(cfg: CfgNode, image_root: str, file_names: Sequence[str], batch_size: int) -> Iterator[Sample]:
+def read_ahead(cfg: CfgNode, image_root: str, file_names: Iterable[str], batch_size: int) -> Iterator[Sample]:
     """Samples of some files in their order, read and resized by DATALOADER.NUM_WORKERS processes.
 
     Neither the workers nor this hold more than a few batches of images.

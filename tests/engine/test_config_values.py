@@ -49,6 +49,7 @@ VALUES = {
     "SELFTRAIN.TEACHER_CHECKPOINT": (["first", ""], ["last", "best"]),
     "SELFTRAIN.TRACKERS": ([("tensorboard",), ("wandb", "wandb")], [(), ("wandb", "mlflow")]),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": ([1.1, -0.1, float("nan")], [0.0, 1.0]),
+    "SELFTRAIN.TAKE_OVER_SECONDS": ([0.0, -1.0, float("nan")], [0.5, float("inf")]),
     "SELFTRAIN.TEACHER": (["moving-average", ""], ["labels", "moving_average"]),
     "SELFTRAIN.TEACHER_EMA_DECAY": ([0.0, 1.0, float("nan")], [0.5, 0.9996]),
     "SELFTRAIN.TEACHER_CHECK_PERIOD": ([-1], [0, 100]),

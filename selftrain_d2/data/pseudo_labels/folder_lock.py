@@ -7,8 +7,11 @@ import fcntl
 import logging
 import os
 import socket
+import time
 import weakref
 from pathlib import Path
+
+import torch.distributed as dist
 
 from selftrain_d2.errors import InputError
 
@@ -16,6 +19,14 @@ logger = logging.getLogger(__name__)
 
 #: The locked file in a folder. It stays there: to remove it would let two writers lock two files of that name.
 LOCK = ".lock"
+
+# Under torchrun processes are started anew a moment after others ended: of a machine that is gone a file server keeps
+# the locks for a while (NFS 4: 90 seconds).
+_PATIENCE_IN_TORCHRUN = 120.0
+_PAUSE = 0.5
+
+# What a system says when another process has the lock.
+_HELD = (errno.EAGAIN, errno.EACCES)
 
 
 class FolderLock:
@@ -25,16 +36,22 @@ class FolderLock:
     process leaves none behind. The file's text, host and process, only serves the message to others.
     (Why this is not the package filelock: docs/development.md.)
 
+    Args:
+        patience: seconds to wait for one that holds it; by default 120 in a process of torchrun, else none.
+
     Raises:
         InputError: another holds the folder; the message names it.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, patience: float | None = None):
+        if patience is None:
+            patience = _PATIENCE_IN_TORCHRUN if dist.is_torchelastic_launched() else 0.0
+        end = time.monotonic() + patience
         self._file = open(Path(folder) / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held open)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._wait(end)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno in _HELD:
                 self._file.seek(0)
                 owner = self._file.read().strip() or "another process"
                 self._file.close()
@@ -50,6 +67,16 @@ class FolderLock:
             self.close()
             raise
         _held.add(self)
+
+    def _wait(self, end: float) -> None:
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in _HELD or time.monotonic() >= end:
+                    raise
+            time.sleep(_PAUSE)
 
     def close(self) -> None:
         """Give the folder free. May be called again."""

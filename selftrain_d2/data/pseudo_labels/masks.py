@@ -25,7 +25,7 @@ from PIL import Image
 from selftrain_d2.data.label_maps import VOID
 from selftrain_d2.data.pseudo_labels.shards import LabelKind, flat_values, list_lengths
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import writing
+from selftrain_d2.files import process_name, writing
 
 #: Folder of the PNGs in a pseudo-label folder.
 FOLDER = "masks"
@@ -130,7 +130,7 @@ def write_mask(folder: str | os.PathLike, file_name: str, labels: PixelLabels) -
     Image.fromarray(np.dstack(labels)).save(buffer, "PNG")  # (H, W, 2) is grey and alpha
     content = buffer.getvalue()
     file = Path(folder) / mask_path(file_name)
-    temporary = Path(folder) / f"{TEMPORARY}{os.getpid()}"
+    temporary = Path(folder) / f"{TEMPORARY}{process_name()}"
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)

@@ -48,8 +48,8 @@ class PseudoLabelWriter:
     """Writes a pseudo-label folder, shard by shard, and goes on where an earlier writer stopped.
 
     Several processes may write together: one opens the folder with ``exclusive``, the others after it without,
-    and each writes its own shards. The folder is given free by ``finish``, ``close``, the end of a ``with`` block,
-    or the end of the process.
+    and each writes other shards (two that write the same one do no harm). The folder is given free by ``finish``,
+    ``close``, the end of a ``with`` block, or the end of the process.
 
     Args:
         folder: made if it is not there.
@@ -60,6 +60,7 @@ class PseudoLabelWriter:
         file_names: all images to label, relative to the image root, in a fixed order.
         exclusive: hold the folder against all other writers that ask for this, remove what a killed one left
             half-written, and check the shards that are there; damaged ones are removed, so they are missing.
+        check: False: leave that check to :meth:`check_shards`, which several processes can share.
 
     Raises:
         InputError: another writer holds the folder; it has pseudo labels of another identity, or something else;
@@ -73,6 +74,7 @@ class PseudoLabelWriter:
         file_names: Sequence[str],
         *,
         exclusive: bool = True,
+        check: bool = True,
     ):
         self.folder = Path(folder)
         self.file_names = file_names
@@ -89,7 +91,7 @@ class PseudoLabelWriter:
         try:
             if exclusive:
                 with writing(self.folder):
-                    self._take()
+                    self._begin()
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
             moved = exclusive and self._images_moved()
             if moved:
@@ -98,12 +100,14 @@ class PseudoLabelWriter:
             if moved:
                 write_json(self.folder / MANIFEST, self.manifest)
             if exclusive:
-                self._clean()
+                self._remove_unfinished()
+            if exclusive and check:
+                self.check_shards(self.shards())
         except BaseException:
             self.close()
             raise
 
-    def _take(self) -> None:
+    def _begin(self) -> None:
         """Lock the folder; begin it if it is new."""
         manifest_file = self.folder / MANIFEST
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,23 +132,47 @@ class PseudoLabelWriter:
         )
         return True
 
-    def _clean(self) -> None:
-        """Remove what is half-written, damaged, or there twice."""
+    def _remove_unfinished(self) -> None:
         unfinished = (f".{MANIFEST}.*", f"{TEMPORARY}*", "shards/.shard-*")
         for temporary in itertools.chain.from_iterable(map(self.folder.glob, unfinished)):
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)  # a writer that was thought to be dead may finish it
+
+    def shards(self) -> list[tuple[int, Path]]:
+        """Numbers and files of the shards that are there, in order; of two of one number that of the manifest first."""
+        listed = self.manifest.get("shards", ())
+        return sorted(list_shards(self._shards), key=lambda shard: (shard[0], shard[1].name not in listed))
+
+    def check_shards(self, shards: Iterable[tuple[int, Path]]) -> None:
+        """Remove shards that are damaged or there twice: they are missing then, and the folder is not finished.
+
+        Args:
+            shards: all of some numbers, as :meth:`shards` gives them.
+        """
         seen = set()
-        for shard, file in list_shards(self._shards):
-            if not is_intact(file):
-                logger.warning(f"{file} is damaged: it is removed and made again.")
-                file.unlink()
-            elif shard in seen:  # by a process that outlived its run
-                file.unlink()
+        for shard, file in shards:
+            if shard in seen:  # by another process that made it too
+                file.unlink(missing_ok=True)
+            elif not is_intact(file):
+                self._remove(file, f"{file} is damaged: it is removed and made again.")
             elif self._kind is MASKS and (name := damaged_mask(self.folder, read_shard(file))) is not None:
-                logger.warning(f"The mask of {name} is missing or damaged: its shard is made again.")
-                file.unlink()
+                self._remove(file, f"The mask of {name} is missing or damaged: its shard is made again.")
             else:
                 seen.add(shard)
+
+    def _remove(self, file: Path, why: str) -> None:
+        logger.warning(why)
+        if self.finished:
+            self.manifest = {"finished": False, **self.identity}
+            write_json(self.folder / MANIFEST, self.manifest)
+        file.unlink(missing_ok=True)
+
+    def take(self) -> bool:
+        """Hold the folder from now on, unless another does; whether this does."""
+        try:
+            self._lock = FolderLock(self.folder, patience=0.0)
+        except InputError:
+            return False
+        return True
 
     @property
     def _shards(self) -> Path:
@@ -152,7 +180,8 @@ class PseudoLabelWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether :meth:`finish` was reached, now or by an earlier writer."""
+        """Whether :meth:`finish` was reached: by this writer, an earlier one, or another process."""
+        self.manifest = read_json(self.folder / MANIFEST)
         return bool(self.manifest["finished"])
 
     def missing_shards(self) -> list[int]:
@@ -196,8 +225,8 @@ class PseudoLabelWriter:
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Check and count what was written, mark the folder as finished and give it free.
 
-        To be called by the process that opened it with ``exclusive``, when all shards are there. Takes the memory
-        of one shard, and that of the skipped files and their reasons.
+        To be called by the process that holds the folder, when all shards are there. Takes the memory of one shard,
+        and that of the skipped files and their reasons.
 
         Args:
             facts: more entries for the manifest (date, versions, duration).
@@ -208,6 +237,10 @@ class PseudoLabelWriter:
         Raises:
             InputError: a shard is damaged, or the disk is full.
         """
+        for _, group in itertools.groupby(self.shards(), key=lambda shard: shard[0]):
+            same = list(group)
+            if len(same) > 1:  # by two processes that both made it, and differ
+                self.check_shards(same)
         missing = self.missing_shards()
         if missing:
             raise ValueError(f"{self.folder} cannot be finished without its shards {missing[:5]} ...")
