@@ -14,7 +14,7 @@ from selftrain_d2.config import CONFIGS, add_selftrain_config
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.deployment.run import run_config
 from selftrain_d2.engine.config_values import check_values, merge_options, one_line, value_of
-from selftrain_d2.engine.launch import Processes
+from selftrain_d2.engine.process_group import Processes
 from selftrain_d2.errors import InputError
 
 logger = logging.getLogger(__name__)

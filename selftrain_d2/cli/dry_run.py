@@ -20,7 +20,8 @@ from selftrain_d2.data.datasets import register_dataset
 from selftrain_d2.data.segmentation_datasets import VOC_NAME, voc_2012_places
 from selftrain_d2.data.training_sets import get_human_dicts
 from selftrain_d2.engine.coco_evaluation import check_evaluation
-from selftrain_d2.engine.launch import DatasetSpec, Processes, check_processes
+from selftrain_d2.engine.launch import DatasetSpec
+from selftrain_d2.engine.process_group import Processes, check_processes
 from selftrain_d2.inspection.box_reach import BoxReach
 
 Result = TypeVar("Result")

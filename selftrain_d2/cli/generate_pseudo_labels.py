@@ -26,8 +26,8 @@ from selftrain_d2.cli.image_arguments import (
 )
 from selftrain_d2.data.training_sets import check_registered
 from selftrain_d2.engine.checks import build_without_memory
-from selftrain_d2.engine.launch import run_in_processes
 from selftrain_d2.engine.logs import log_to_console
+from selftrain_d2.engine.process_group import run_in_processes
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
 
 

@@ -16,8 +16,8 @@ import dataclasses
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import add_config_arguments, add_launch_arguments, processes_of, setup_config
 from selftrain_d2.cli.image_arguments import add_image_arguments, images_of
-from selftrain_d2.engine.launch import run_in_processes
 from selftrain_d2.engine.logs import log_to_console
+from selftrain_d2.engine.process_group import run_in_processes
 from selftrain_d2.engine.simclr import SimCLRSettings, pretrain_simclr
 
 _HELP = {

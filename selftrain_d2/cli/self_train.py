@@ -28,6 +28,8 @@ import functools
 import os
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
 import selftrain_d2  # noqa: F401  (registers every component)
 from selftrain_d2.cli.common import (
     add_config_arguments,
@@ -41,6 +43,7 @@ from selftrain_d2.cli.label_arguments import add_labels_argument, add_val_labels
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.logs import log_to_console
 from selftrain_d2.engine.pipeline import self_train
+from selftrain_d2.engine.process_group import in_torchrun, main_process_leads
 from selftrain_d2.engine.seeds import (
     seed_folder,
     seeds_to_markdown,
@@ -183,9 +186,15 @@ def when_stopped(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> None:
     """Run the loop and print its summary."""
     log_to_console()
+    cfg = setup_config(args)
+    with main_process_leads(cfg.MODEL.DEVICE) as leads:
+        if leads:
+            _run(args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     task = _task(args)
     seeds, devices = _seeds(args), devices_of(args)
-    cfg = setup_config(args)
     if args.teacher is not None:
         cfg.SELFTRAIN.TEACHER = _TEACHERS[args.teacher]
     options = {
@@ -231,6 +240,10 @@ def _seeds(args: argparse.Namespace) -> list[int]:
             raise InputError(f"--seeds names {seed} twice.")
     if words and "SEED" in args.opts:
         raise InputError("--seeds sets SEED for each of its runs: leave one of the two out.")
+    if in_torchrun() and (args.jobs is not None or args.devices is not None):
+        raise InputError(
+            "torchrun's processes make one seed after the other: leave out --jobs and --devices, or torchrun."
+        )
     if not words and (args.jobs is not None or args.devices is not None):
         raise InputError("--jobs and --devices are about several seeds: give --seeds, or leave them out.")
     return seeds

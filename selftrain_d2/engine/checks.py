@@ -25,6 +25,7 @@ from selftrain_d2.engine.moving_teacher import step_selection
 from selftrain_d2.engine.trackers import check_trackers
 from selftrain_d2.engine.trainer import SelfTrainingTrainer, build_loss_normalizer
 from selftrain_d2.engine.weight_average import WeightAverage
+from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch.classification import add_classification_head
 
 
@@ -81,3 +82,20 @@ def build_without_memory(cfg: CfgNode) -> nn.Module:
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         return build_model(cfg)
+
+
+def check_pseudo_masks(teacher: CfgNode, student: CfgNode) -> None:
+    """Check that a student that learns masks of objects can learn its teacher's.
+
+    Raises:
+        InputError: the teacher makes none, or the student reads polygons alone.
+    """
+    if not teacher.MODEL.MASK_ON:
+        raise InputError(
+            "The student learns masks (MODEL.MASK_ON), but its teacher makes none: set it for both or for neither."
+        )
+    if student.INPUT.MASK_FORMAT != "bitmask":
+        raise InputError(
+            f"INPUT.MASK_FORMAT of the student is {student.INPUT.MASK_FORMAT}, but pseudo masks are bitmasks: set "
+            "SELFTRAIN.STUDENT \"('INPUT.MASK_FORMAT', 'bitmask')\", which takes polygons of people as well."
+        )

@@ -1,4 +1,4 @@
-"""One training or evaluation run: datasets, seeds, logs, and the processes it runs in."""
+"""One training or evaluation run: datasets, seeds and logs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import functools
 import logging
 import math
 import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.classification import register_classification_folder
@@ -38,17 +34,15 @@ from selftrain_d2.data.random_state import stage_seed
 from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.data.training_sets import count_human_boxes
 from selftrain_d2.engine.box_reach import tell_box_reach
-from selftrain_d2.engine.children import children_stopped
 from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.config_checks import check_evaluated_classes, check_test_sets
 from selftrain_d2.engine.logs import log_to_console, log_to_file
 from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.engine.process_group import Processes, restarted, run_in_processes
 from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held
 from selftrain_d2.engine.stage import with_stage
-from selftrain_d2.engine.step_trainer import NonFiniteLossError
 from selftrain_d2.engine.trainer import SelfTrainingTrainer
 from selftrain_d2.engine.validation_loss import ValidationLoss, add_to_results
-from selftrain_d2.errors import InputError, message_in
 from selftrain_d2.files import NO_ROOM, write_json, write_text, writing
 from selftrain_d2.modeling.checkpoint import (
     checkpoints_in,
@@ -63,16 +57,6 @@ logger = logging.getLogger(__name__)
 
 #: (name, register function, its other arguments). Every process registers the datasets for itself.
 DatasetSpec = tuple
-
-
-@dataclass
-class Processes:
-    """How many processes a run has; the fields are as the arguments of ``detectron2.engine.launch``."""
-
-    num_gpus: int = 1
-    num_machines: int = 1
-    machine_rank: int = 0
-    dist_url: str = "auto"
 
 
 def human_labels(name: str, json_file: str, image_root: str) -> DatasetSpec:
@@ -191,7 +175,7 @@ def train(
         cfg: a teacher's or a student's config.
         datasets: registered for the time of the run, in every process.
         resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. Without, a folder that holds a run is
-            refused.
+            refused, unless torchrun has started the processes anew.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
         processes: one by default.
     """
@@ -212,108 +196,6 @@ def evaluate(
         averaged: evaluate the moving average that this checkpoint of training carries.
     """
     run_in_processes(_evaluate, processes, (cfg, datasets, allow_unsafe, averaged), cfg.MODEL.DEVICE)
-
-
-def run_in_processes(
-    main: Callable[..., Any], processes: Processes | None, arguments: tuple, device: str = "cuda"
-) -> None:
-    """Call ``main(*arguments)`` in every process; in this one where there is only one (None).
-
-    Under torchrun the processes are there already: this one joins them. Processes that this one started end with it,
-    also when it alone is interrupted or gets SIGTERM.
-
-    Args:
-        device: MODEL.DEVICE: each process has a GPU of its own, unless this is the CPU or there is none.
-
-    Raises:
-        InputError, NonFiniteLossError: as ``main`` raised it in any process.
-        InputError: this machine has fewer GPUs; see also :func:`check_processes`.
-    """
-    p = processes or Processes()
-    check_processes(p, device)
-    use_cuda = torch.cuda.is_available() and torch.device(device).type == "cuda"
-    if use_cuda and p.num_gpus > torch.cuda.device_count():
-        raise InputError(f"--num-gpus is {p.num_gpus}, this machine has {torch.cuda.device_count()}.")
-    if torch.distributed.is_torchelastic_launched():
-        if not torch.distributed.is_initialized():
-            _join(use_cuda, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-        main(*arguments)
-        comm.synchronize()
-        return
-    if p.num_gpus * p.num_machines == 1:
-        main(*arguments)
-        return
-    group = {
-        "init_method": f"tcp://127.0.0.1:{_free_port()}" if p.dist_url == "auto" else p.dist_url,
-        "world_size": p.num_gpus * p.num_machines,
-    }
-    try:
-        with children_stopped():
-            start_processes(_join_and_call, (main, arguments, p, use_cuda, group), nprocs=p.num_gpus)
-    except ProcessRaisedException as error:
-        # A child's traceback comes as text; what is one sentence there stays one here.
-        for kind in (InputError, NonFiniteLossError):
-            message = message_in(str(error), kind)
-            if message is not None:
-                raise kind(message) from error
-        raise
-
-
-def check_processes(p: Processes, device: str) -> None:
-    """Check that a run can have these processes on MODEL.DEVICE.
-
-    Raises:
-        InputError: torchrun and ``p`` both ask for several; several machines have no address; several processes are
-            to share one GPU.
-    """
-    several = p.num_gpus * p.num_machines > 1
-    if torch.distributed.is_torchelastic_launched():
-        if several:
-            raise InputError(
-                "torchrun starts the processes itself: leave out --num-gpus and --num-machines, or torchrun."
-            )
-        several = in_torchrun()
-    elif p.num_machines > 1 and p.dist_url == "auto":
-        raise InputError(
-            "Several machines need --dist-url, the address of machine 0, e.g. tcp://10.0.0.1:29500."
-        )
-    if several and torch.device(device).type == "cuda" and torch.device(device).index is not None:
-        raise InputError(
-            f"MODEL.DEVICE is {device}, but each of several processes needs a GPU of its own: set it to cuda, and "
-            "choose GPUs by the environment variable CUDA_VISIBLE_DEVICES."
-        )
-
-
-def in_torchrun() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def _join_and_call(
-    local_rank: int,
-    main: Callable[..., Any],
-    arguments: tuple,
-    p: Processes,
-    use_cuda: bool,
-    group: dict[str, Any],
-) -> None:
-    _join(use_cuda, local_rank, p.num_gpus, rank=p.machine_rank * p.num_gpus + local_rank, **group)
-    main(*arguments)
-
-
-def _join(use_cuda: bool, local_rank: int, local_size: int, **group: Any) -> None:
-    """What ``detectron2.engine.launch`` does in each process, which takes NCCL for tensors on CPUs too."""
-    if use_cuda:
-        torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=DEFAULT_TIMEOUT, **group)
-    comm.create_local_process_group(local_size)
-    comm.synchronize()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -351,6 +233,7 @@ def _written(cfg: CfgNode) -> CfgNode:
 
 
 def _train(cfg: CfgNode, datasets: Sequence[DatasetSpec], resume: bool, allow_unsafe: bool) -> None:
+    resume = resume or any(comm.all_gather(restarted()))
     cfg = with_stage(cfg, resume)
     folder = cfg.OUTPUT_DIR
     with (

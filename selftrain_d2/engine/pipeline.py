@@ -26,22 +26,25 @@ from selftrain_d2.data.pseudo_labels.selection import (
     selection_from_config,
 )
 from selftrain_d2.engine.anchor_fitting import with_fitted_anchors
-from selftrain_d2.engine.checks import check_training
+from selftrain_d2.engine.checks import check_pseudo_masks, check_training
 from selftrain_d2.engine.config_values import check_values, is_segmentor, merge_options, value_of
 from selftrain_d2.engine.kept_checkpoints import best_of
 from selftrain_d2.engine.launch import (
     RESULTS,
     DatasetSpec,
-    Processes,
-    in_torchrun,
     registered,
-    run_in_processes,
     select,
     selected_labels,
     train,
     unlabeled_images,
 )
 from selftrain_d2.engine.oracle import ORACLE, true_labels
+from selftrain_d2.engine.process_group import (
+    Processes,
+    check_processes,
+    number_of_processes,
+    run_in_processes,
+)
 from selftrain_d2.engine.run_folder import MOVING_TEACHER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.stage_record import PLACE, STARTING_WEIGHTS, run_stage, stage_settings
@@ -103,14 +106,16 @@ def self_train(
         score_floor: pseudo boxes, or pixels, of a lower score are not even written.
         fit_anchors: see :func:`~selftrain_d2.engine.box_reach.fit_anchors`; all stages have the fitted anchors.
         allow_unsafe: load MODEL.WEIGHTS even if that is a pickle that can run code.
-        processes: of training and labeling; one by default.
+        processes: of training and labeling; one by default. Under torchrun its processes, of several machines too;
+            only the main one calls this, in :func:`~selftrain_d2.engine.process_group.main_process_leads`.
 
     Returns:
         The summary.
 
     Raises:
         InputError: the data has a fault, a config is refused, ``output`` lies in a folder of images, a stage under
-            ``output`` was made with other settings, another loop is writing to it, or several machines were asked for.
+            ``output`` was made with other settings, another loop is writing to it, or several machines were asked for
+            without torchrun.
     """
     loop = checked_loop(
         cfg,
@@ -147,11 +152,12 @@ def checked_loop(
     Raises:
         InputError: see there.
     """
-    if in_torchrun() or (processes is not None and processes.num_machines > 1):
+    processes = processes or Processes()
+    if processes.num_machines > 1:
         raise InputError(
-            "self-train runs on one machine and starts its own processes: use --num-gpus without torchrun, or run "
-            "its stages (train, label, train) on several machines, as docs/training.md shows."
+            "self-train runs on several machines under torchrun, as docs/training.md shows: leave out --num-machines."
         )
+    check_processes(processes, cfg.MODEL.DEVICE)
     for folder in task.image_folders():
         check_outside(output, folder)
     classes = task.check(cfg)
@@ -161,7 +167,7 @@ def checked_loop(
         raise InputError(
             f"--oracle trains on the truth of the unlabeled images: give {task.truth_argument}, or leave --oracle out."
         )
-    loop = _Loop(cfg, task, Path(output), classes, score_floor, allow_unsafe, processes or Processes())
+    loop = _Loop(cfg, task, Path(output), classes, score_floor, allow_unsafe, processes)
     if list(loop.output.glob(f"{SEED_FOLDER}*")):
         raise InputError(
             f"{output} holds runs of several seeds: give --seeds to go on with them, or choose another output folder."
@@ -226,11 +232,11 @@ class _Loop:
         else:
             resolve_thresholds(labels, **selection_from_config(self.cfg, self.classes))
         if student.MODEL.MASK_ON and not is_segmentor(student):
-            _check_pseudo_masks(teacher, student)
+            check_pseudo_masks(teacher, student)
         # Of the pseudo labels only the name is known.
         to_come = (PSEUDO, functools.partial(register_dataset, load=list), ())
         with registered([*self.task.datasets(), to_come]):
-            models = [_model_of(cfg, self.processes.num_gpus) for cfg in (teacher, student)]
+            models = [_model_of(cfg, number_of_processes(self.processes)) for cfg in (teacher, student)]
             check_images((*teacher.DATASETS.TRAIN, *teacher.DATASETS.TEST))
         if start == "teacher" and None not in models:
             require_same_backbone(*models, student.MODEL.WEIGHTS)
@@ -494,19 +500,6 @@ class _Loop:
 
 def _label(cfg: CfgNode, images: str, names: list[str], folder: str, score_floor: float) -> None:
     generate_pseudo_labels(cfg, images, names, folder, score_floor=score_floor)
-
-
-def _check_pseudo_masks(teacher: CfgNode, student: CfgNode) -> None:
-    """Raise InputError if a student that learns masks of objects cannot learn its teacher's."""
-    if not teacher.MODEL.MASK_ON:
-        raise InputError(
-            "The student learns masks (MODEL.MASK_ON), but its teacher makes none: set it for both or for neither."
-        )
-    if student.INPUT.MASK_FORMAT != "bitmask":
-        raise InputError(
-            f"INPUT.MASK_FORMAT of the student is {student.INPUT.MASK_FORMAT}, but pseudo masks are bitmasks: set "
-            "SELFTRAIN.STUDENT \"('INPUT.MASK_FORMAT', 'bitmask')\", which takes polygons of people as well."
-        )
 
 
 def _model_of(cfg: CfgNode, processes: int) -> nn.Module | None:

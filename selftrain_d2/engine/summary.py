@@ -178,6 +178,7 @@ def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode,
             shown,
             labels,
             score_floor=min(0.05, task.shown_threshold(score_thresh)),
+            alone=True,
         )
         students = load_pseudo_labels(labels, task.shown_threshold(score_thresh))
         task.draw(output, shown, pseudo, students)

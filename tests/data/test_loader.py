@@ -125,6 +125,24 @@ def test_two_processes_share_the_stream_of_one(monkeypatch):
         assert sorted(map(key, whole)) == sorted(map(key, first + second))
 
 
+def test_the_number_of_processes_may_change_on_the_way(monkeypatch):
+    """Four, then two, then one: each step has the images and random numbers that it has in one process."""
+    alone = _take(_loader(4, 8), 9)
+    steps = []
+    for first, size in ((0, 4), (3, 2), (6, 1)):
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda size=size: size)
+        parts = []
+        for rank in range(size):
+            monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+            loader = _loader(4, 8)
+            loader.batch_sampler.first_batch = first
+            parts.append(_take(loader, 3))
+        steps += [[s for part in step for s in part] for step in zip(*parts)]
+    key = lambda s: (s["name"], s["random"])  # noqa: E731
+    for whole, step in zip(alone, steps):
+        assert sorted(map(key, whole)) == sorted(map(key, step))
+
+
 def _torch_mapper(d):
     return {**d, "random": torch.rand(()).item()}
 

@@ -20,7 +20,7 @@ from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.labeling import generate
 from selftrain_d2.labeling.inference import Teacher
 
-IMAGES, SHARD, PROCESSES = 40, 4, 3
+IMAGES, SHARD, PROCESSES = 24, 4, 3
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +69,15 @@ def _content(folder):
 
 
 def _die(number):
-    """This process is killed, or hangs, when it has labeled a shard and before the shard is written."""
+    """This process is killed, or hangs, when it has labeled a shard and before the shard is written.
+
+    Not before all others have begun: one that the store is to tell that the folder is open would end as well.
+    """
 
     def write_shard(self, shard, rows):
         list(rows)
+        while len(list(self.folder.parent.glob("begun_*"))) < PROCESSES:
+            time.sleep(0.02)
         os.kill(os.getpid(), number)
 
     PseudoLabelWriter.write_shard = write_shard
@@ -95,6 +100,13 @@ def _run(rank, port, behaviour, cfg, tmp_path):
         setattr(
             torch.distributed, collective, None
         )  # none is needed: there is nothing that could take too long
+    check_shards = generate._check_shards
+
+    def begin(*arguments):
+        (tmp_path / f"begun_{rank}").touch()
+        check_shards(*arguments)
+
+    generate._check_shards = begin
     change, argument = behaviour.get(rank, (None, None))
     if change is not None:
         change(argument)
@@ -115,7 +127,7 @@ def label_together(cfg, tmp_path):
         processes[:] = [context.Process(target=_run, args=(rank, *arguments)) for rank in range(PROCESSES)]
         for process in processes:
             process.start()
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while any(
             p.is_alive() and behaviour.get(r) != (_die, signal.SIGSTOP) for r, p in enumerate(processes)
         ):
@@ -155,10 +167,10 @@ def test_a_damaged_folder_is_checked_and_made_whole_by_all(cfg, tmp_path, label_
     assert label_together({}) == [0, 0, 0]
     shards = sorted((tmp_path / "together" / "shards").iterdir())
     shards[1].write_bytes(b"damaged")
-    shards[8].write_bytes(b"damaged")
-    shards[5].unlink()
+    shards[4].write_bytes(b"damaged")
+    shards[3].unlink()
     before = {
-        path: path.stat().st_mtime_ns for path in shards if path not in (shards[1], shards[5], shards[8])
+        path: path.stat().st_mtime_ns for path in shards if path not in (shards[1], shards[3], shards[4])
     }
     # The main process finds the folder to be checked by the others: each part is checked by one.
     assert label_together({0: (_be_slow, 0.2)}) == [0, 0, 0]
