@@ -20,6 +20,8 @@ EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 EFFDET = "effdet>=0.4.1"
 # What runs the tests, the notebook of examples/ among them.
 TESTS = [EFFDET, "hypothesis", "ipykernel", "nbclient", "pytest>=7.3", "ruff", SUPERVISION]
+# Addresses of object storage; s3fs, gcsfs and the like are the user's choice.
+STORAGE = ["fsspec"]
 # SLURM for `selftrain-d2 grid`.
 SLURM = ["submitit"]
 # Experiment trackers, SELFTRAIN.TRACKERS. MLflow's client is enough.
@@ -63,10 +65,11 @@ setup(
         "opencv": ["opencv-python-headless>=4.8"],
         "simclr": SIMCLR,
         "slurm": SLURM,
+        "storage": STORAGE,
         "timm": TIMM,
         "wandb": WANDB,
         # What the tests need besides OpenCV.
-        "dev": [*LABELS, *LITE, *MLFLOW, *SIMCLR, *SLURM, *TIMM, *EXPORT, *WANDB, *TESTS],
+        "dev": [*LABELS, *LITE, *MLFLOW, *SIMCLR, *SLURM, *STORAGE, *TIMM, *EXPORT, *WANDB, *TESTS],
     },
     entry_points={"console_scripts": ["selftrain-d2 = selftrain_d2.cli:main"]},
     zip_safe=False,

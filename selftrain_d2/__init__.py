@@ -7,7 +7,10 @@ from selftrain_d2.environment import check_environment
 
 check_environment()
 
-from selftrain_d2 import modeling  # noqa: F401  (registers backbones and meta architectures)
+from selftrain_d2 import (
+    modeling,  # noqa: F401  (registers backbones and meta architectures)
+    object_storage,  # noqa: F401  (registers s3:// and the like)
+)
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmentations
 from selftrain_d2.data.classification import register_classification_folder

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import read_bytes
 
 #: What a system says when there is no room left for a file.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,11 +33,15 @@ _ADVICE = {
 def read_json(file: str | os.PathLike) -> Any:
     """The content of a JSON file.
 
+    Args:
+        file: a path, or an address (see :mod:`selftrain_d2.storage`).
+
     Raises:
+        OSError: it cannot be read.
         InputError: it is not JSON.
     """
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(file).decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON: {error}.") from error
 

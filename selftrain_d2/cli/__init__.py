@@ -20,6 +20,7 @@ import torchvision
 
 from selftrain_d2 import __version__
 from selftrain_d2.errors import InputError, message_in
+from selftrain_d2.storage import check_local
 
 # Groups of commands: name on the command line -> module in this package. Imported only when called: a command starts
 # fast.
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(rest)
     args.words = argv
     try:
+        check_local(getattr(args, "output", None) or "", "--output")
         if has_plan and args.dry_run:
             print(module.plan(args))
         else:

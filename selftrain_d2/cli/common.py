@@ -16,6 +16,7 @@ from selftrain_d2.deployment.run import run_config
 from selftrain_d2.engine.config_values import check_values, merge_options, one_line, value_of
 from selftrain_d2.engine.process_group import Processes
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import check_local
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
                 f"--classes took the config key {word} for a class: put another --argument, or --, after the names."
             )
     merge_options(cfg, args.opts)
+    check_local(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     build_augmentations(cfg, is_train=True)  # checks the policy and its keys
     check_values(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

@@ -23,6 +23,7 @@ from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.launch import DatasetSpec
 from selftrain_d2.engine.process_group import Processes, check_processes
 from selftrain_d2.inspection.box_reach import BoxReach
+from selftrain_d2.storage import exists
 
 Result = TypeVar("Result")
 
@@ -62,8 +63,8 @@ class Plan:
         self.lines.append((title, what))
 
     def has(self, *paths: str | os.PathLike) -> bool:
-        """Whether all paths are there; others are noted. What a URL stands for counts as there."""
-        absent = [os.fspath(p) for p in paths if "://" not in os.fspath(p) and not os.path.exists(p)]
+        """Whether all paths are there; others are noted. Weights by name and URLs count as there."""
+        absent = [os.fspath(p) for p in paths if not exists(p)]
         self.missing += [path for path in absent if path not in self.missing]
         return not absent
 

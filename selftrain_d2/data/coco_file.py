@@ -17,17 +17,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
 from selftrain_d2.data.coco_repair import BROKEN, AnnotationRepair, shown
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
+from selftrain_d2.storage import is_file, join, normalized
 
 # What must differ in all entries of a list, and its types.
 _UNIQUE = {
@@ -182,7 +181,7 @@ def dataset_dicts(file: CocoFile, image_root: str | os.PathLike) -> list[dict[st
         annotations[annotation["image_id"]].append(obj)
     return [
         {
-            "file_name": os.path.join(image_root, image["file_name"]),
+            "file_name": join(image_root, image["file_name"]),
             "height": image["height"],
             "width": image["width"],
             "image_id": image["id"],
@@ -217,10 +216,12 @@ def evaluation_truth(content: dict[str, Any]) -> COCO:
 
 
 def _load(path: str) -> Any:
-    local = PathManager.get_local_path(path) if "://" in path else path
-    if not Path(local).is_file():
+    if not is_file(path):
         raise InputError(f"COCO JSON {path} does not exist.")
-    return read_json(local)
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise InputError(f"COCO JSON {path} cannot be read ({error.strerror or error}).") from error
 
 
 def _check_lists(path: str, coco: Any, keys: Iterable[str]) -> None:
@@ -243,8 +244,8 @@ def _check_unique(path: str, key: str, entries: Sequence[Any], but: Iterable[str
                 raise InputError(
                     f"{path}, {key}[{index}]: its {field!r} is {shown(value)}: it must be {words}."
                 )
-            if field == "file_name" and "://" not in value:
-                value = os.path.normpath(value)
+            if field == "file_name":
+                value = normalized(value)
             if value in seen:
                 raise InputError(
                     f"{path} has two {key} of the same {field}: {value!r}, in {key}[{seen[value]}] and "

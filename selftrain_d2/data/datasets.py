@@ -6,11 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from selftrain_d2.data.coco_datasets import CocoDataset
 from selftrain_d2.data.coco_file import CocoFile, coco_class_names, read_coco  # noqa: F401  (imported from here)
@@ -21,6 +19,7 @@ from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import ScoreThreshold, resolve_thresholds
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import is_folder, missing_files
 
 logger = logging.getLogger(__name__)
 
@@ -205,12 +204,10 @@ def read_human_coco(
     mend_image: Callable[[dict[str, Any]], None] | None = None,
 ) -> CocoFile:
     """:func:`selftrain_d2.data.coco_file.read_coco`, with a check that the image files are there."""
-    if "://" not in str(image_root) and not Path(image_root).is_dir():
+    if not is_folder(image_root):
         raise InputError(f"Image folder {image_root} (for {json_file}) does not exist or is not a folder.")
     file = read_coco(json_file, masks=masks, allow_flat=allow_flat, mend_image=mend_image)
-    isfile = PathManager.isfile if "://" in str(image_root) else os.path.isfile
-    names = [image["file_name"] for image in file.content["images"]]
-    missing = [name for name in names if not isfile(os.path.join(image_root, name))]
+    missing = missing_files(image_root, (image["file_name"] for image in file.content["images"]))
     if missing:
         raise InputError(
             f"{json_file} names {len(missing)} images that are not in {image_root}, e.g. {missing[0]}: "

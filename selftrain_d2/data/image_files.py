@@ -12,11 +12,11 @@ from typing import IO
 import cv2
 import numpy as np
 from detectron2.data import detection_utils as utils
-from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from selftrain_d2.data import tar_archive  # noqa: F401  (paths that begin with tar://)
 from selftrain_d2.data.image_formats import is_camera_raw
+from selftrain_d2.storage import open_file, read_bytes
 
 #: What reading a file may raise that is the file's fault.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -62,11 +62,9 @@ def read_image(file_name: str | os.PathLike, image_format: str, large: bool = Fa
     """
     file_name = os.fspath(file_name)
     try:
-        with PathManager.open(file_name, "rb") as file:
-            data = file.read()
-        with (
-            _limit_lifted() if large else contextlib.nullcontext()
-        ):  # Pillow looks at the size when it opens an image
+        data = read_bytes(file_name)
+        # Pillow looks at the size when it opens an image.
+        with _limit_lifted() if large else contextlib.nullcontext():
             opened = open_image(io.BytesIO(data), file_name)
         with opened as image:
             pixels = None
@@ -108,7 +106,7 @@ def read_image_size(file_name: str | os.PathLike) -> tuple[int, int]:
     """
     file_name = os.fspath(file_name)
     try:
-        with PathManager.open(file_name, "rb") as file, open_image(file, file_name) as image:
+        with open_file(file_name) as file, open_image(file, file_name) as image:
             _check_mode(image)
             width, height = image.size
             if image.format == "TIFF":  # some versions of Pillow have applied the orientation here, some not

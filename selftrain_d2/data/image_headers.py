@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from detectron2.data import DatasetCatalog
-from detectron2.utils.file_io import PathManager
 
 from selftrain_d2.data.image_files import read_image, read_image_size
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import open_file
 
 _THREADS = 8
 
@@ -53,7 +53,7 @@ def _fault(sample: Mapping[str, Any]) -> str | None:
 
 
 def _looks_cut_short(file: str) -> bool:
-    with PathManager.open(file, "rb") as stream:
+    with open_file(file) as stream:
         start = stream.read(4)
         end = next((end for first, end in _ENDS.items() if start.startswith(first)), None)
         if end is None:

@@ -7,7 +7,9 @@ skipped with its reason as an image would be, and nothing goes missing in silenc
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import io
 import json
 import os
 import re
@@ -16,24 +18,23 @@ from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from selftrain_d2 import storage
 from selftrain_d2.data import tar_archive
 from selftrain_d2.data.coco_datasets import reading_coco
 from selftrain_d2.data.coco_file import read_coco_images
 from selftrain_d2.data.image_formats import has_image_extension, printable
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import absolute_root
 
 
 class ImageSource(NamedTuple):
-    """Images by name. ``os.path.join(image_root, file_name)`` is a path for detectron2's PathManager."""
+    """Images by name. ``os.path.join(image_root, file_name)`` is a path or an address (:mod:`selftrain_d2.storage`).
+
+    Names are relative to the root, or absolute paths. An empty root is that of whole paths and addresses.
+    """
 
     image_root: str
     file_names: list[str]
-
-
-def absolute_root(image_root: str | os.PathLike) -> str:
-    """An image root that does not depend on the current folder; ``tar://...`` and the like stay."""
-    root = os.fspath(image_root)
-    return root if "://" in root else os.path.abspath(root)
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
@@ -47,9 +48,10 @@ def list_images(folder: str | os.PathLike) -> list[str]:
         InputError: the folder is missing, cannot be listed, or holds no image.
     """
     folder = os.fspath(folder)
-    if not os.path.isdir(folder):
+    if not storage.is_folder(folder):
         raise InputError(f"Image folder {folder} does not exist or is not a folder.")
-    found = sorted(map(printable, _walk(folder)))
+    files = _walk_address(folder) if storage.is_address(folder) else _walk(folder)
+    found = sorted(map(printable, files))
     if not found:
         raise InputError(
             f"Image folder {folder} holds no image: no file in it or below it ends in a known "
@@ -80,6 +82,13 @@ def _walk(folder: str) -> Iterator[str]:
                 yield parent + entry.name
 
 
+def _walk_address(address: str) -> Iterator[str]:
+    try:
+        yield from storage.walk(address, has_image_extension)
+    except OSError as error:
+        raise InputError(f"Image folder {address} cannot be listed: {error.strerror or error}.") from error
+
+
 def _leads_up(link: str) -> bool:
     target = os.path.realpath(link)
     return os.path.commonpath([target, os.path.realpath(os.path.dirname(link))]) == target
@@ -91,7 +100,7 @@ def images_of_folder(folder: str | os.PathLike) -> ImageSource:
 
 
 def images_of_list(list_file: str | os.PathLike, image_root: str | os.PathLike | None = None) -> ImageSource:
-    """Images named in a text file (UTF-8), one path a line.
+    """Images named in a text file (UTF-8), one path or address a line.
 
     Empty lines and lines that start with # are left out. A line in double quotes is a JSON string, for names that
     a line cannot hold as they are; :func:`list_line` writes it.
@@ -103,12 +112,12 @@ def images_of_list(list_file: str | os.PathLike, image_root: str | os.PathLike |
         InputError: the list or the root is missing, the list is not UTF-8, names a file twice or none, has a line in
             quotes that is no JSON, or no file that it names exists.
     """
-    if not os.path.isfile(list_file):
+    if not storage.is_file(list_file):
         raise InputError(f"Image list {list_file} does not exist or is not a file.")
-    root = _existing_root(os.path.dirname(os.path.abspath(list_file)) if image_root is None else image_root)
+    root = _existing_root(storage.folder_of(list_file) if image_root is None else image_root)
     lines: dict[str, int] = {}
     try:
-        with open(list_file, encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(storage.open_file(list_file), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 path = line.rstrip("\n")
                 if not path.strip() or path.startswith("#"):
@@ -124,6 +133,8 @@ def images_of_list(list_file: str | os.PathLike, image_root: str | os.PathLike |
                 lines[name] = number
     except UnicodeDecodeError as error:
         raise InputError(f"Image list {list_file} is not UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise InputError(f"Image list {list_file} cannot be read: {error.strerror or error}.") from error
     return _checked(f"Image list {list_file}", root, list(lines))
 
 
@@ -177,12 +188,12 @@ def images_of_archives(patterns: Sequence[str]) -> ImageSource:
         InputError: an archive is missing, given twice, compressed, not a tar or not named so, or no archive
             holds an image.
     """
-    archives = [os.path.abspath(path) for pattern in patterns for path in _expanded(pattern)]
+    archives = [absolute_root(path) for pattern in patterns for path in _expanded(pattern)]
     check_distinct(archives, "The list of archives")
-    folder = os.path.commonpath([os.path.dirname(path) for path in archives])
+    folder = storage.common_folder(map(storage.folder_of, archives))
     names = []
     for path in archives:
-        index, name = tar_archive.tar_index(path), os.path.relpath(path, folder)
+        index, name = tar_archive.tar_index(path), storage.below(path, folder) if folder else path
         if not name.lower().endswith(".tar"):
             raise InputError(f"Archive {path} is a tar file without that name: rename it to *.tar.")
         names += [f"{name}/{member}" for member in index.names()]
@@ -207,12 +218,25 @@ def _expanded(pattern: str) -> list[str]:
             for number in range(int(first), int(last) + 1)
             for path in _expanded(f"{head}{number:0{len(first)}}{tail}")
         ]
-    if os.path.exists(pattern) or not glob.has_magic(pattern):
+    if not glob.has_magic(pattern) or (not storage.is_address(pattern) and os.path.exists(pattern)):
         return [pattern]
-    found = sorted(glob.glob(pattern))
+    found = _matching(pattern) if storage.is_address(pattern) else sorted(glob.glob(pattern))
     if not found:
         raise InputError(f"No archive matches {pattern}.")
     return found
+
+
+def _matching(pattern: str) -> list[str]:
+    """Addresses that match a pattern in their last part."""
+    folder, name = storage.folder_of(pattern), pattern.rpartition("/")[2]
+    if glob.has_magic(folder):
+        raise InputError(f"Archive {pattern}: in an address * and ? may stand behind the last slash alone.")
+    try:
+        return [os.path.join(folder, n) for n in fnmatch.filter(storage.list_folder(folder), name)]
+    except OSError as error:
+        raise InputError(
+            f"No archive matches {pattern}: {folder} cannot be listed ({error.strerror or error})."
+        ) from error
 
 
 def images_of_dataset(name: str) -> ImageSource:
@@ -230,9 +254,7 @@ def images_of_dataset(name: str) -> ImageSource:
         raise InputError(f"The files of dataset {name!r} are not there: {error}.") from error
     if not paths:
         raise InputError(f"Dataset {name!r} has no images.")
-    root = MetadataCatalog.get(name).get("image_root") or os.path.commonpath(
-        [os.path.dirname(p) for p in paths]
-    )
+    root = MetadataCatalog.get(name).get("image_root") or storage.common_folder(map(storage.folder_of, paths))
     root = absolute_root(root)
     return ImageSource(root, [_relative(absolute_root(path), root) for path in paths])
 
@@ -242,6 +264,8 @@ def check_outside(output: str | os.PathLike, image_folder: str | os.PathLike) ->
 
     The masks and figures that are written there would be taken for images the next time.
     """
+    if storage.is_address(image_folder):
+        return
     inside, folder = os.path.realpath(output), os.path.realpath(image_folder)
     if os.path.commonpath([inside, folder]) == folder:
         raise InputError(
@@ -265,24 +289,34 @@ def check_distinct(names: Sequence[str], where: str) -> None:
 
 
 def _existing_root(image_root: str | os.PathLike) -> str:
-    if not os.path.isdir(image_root):
+    if not storage.is_folder(image_root):
         raise InputError(f"Image folder {image_root} does not exist or is not a folder.")
-    return os.path.abspath(image_root)
+    return absolute_root(image_root)
 
 
 def _relative(path: str, root: str) -> str:
     """A path below the root without it; any other as an absolute path, which ``os.path.join`` leaves alone."""
-    inside = os.path.join(root, "")
-    if "://" not in path:
-        path = os.path.normpath(os.path.join(root, path))
-    return printable(path[len(inside) :] if path.startswith(inside) else path)
+    if not storage.is_address(path):
+        path = storage.normalized(os.path.join(root, path))
+    return printable(storage.below(path, root))
+
+
+def _rooted(root: str, names: list[str]) -> tuple[str, list[str]]:
+    """A root with which ``os.path.join`` makes paths and addresses of all names: another than the given one where some
+    are addresses outside it, that is the folder of all, or none."""
+    if not any(map(storage.is_address, names)):
+        return root, names
+    paths = [name if storage.is_address(name) else os.path.join(root, name) for name in names]
+    root = storage.common_folder(set(map(storage.folder_of, paths)))
+    return root, [storage.below(path, root) for path in paths] if root else paths
 
 
 def _checked(where: str, root: str, names: list[str]) -> ImageSource:
     """Refuse what holds no image at all, which is more likely a wrong folder than so many lost files."""
     if not names:
         raise InputError(f"{where} names no image.")
-    if not any(os.path.isfile(os.path.join(root, name)) for name in names):
+    root, names = _rooted(root, names)
+    if not any(storage.is_file(os.path.join(root, name)) for name in names):
         raise InputError(
             f"None of the {len(names)} images that {where} names is there, e.g. {os.path.join(root, names[0])}: "
             "check the image root."

@@ -6,11 +6,11 @@ import functools
 import os
 
 import numpy as np
-from detectron2.utils.file_io import PathManager
 from numpy.typing import DTypeLike
 
 from selftrain_d2.data.image_files import UNREADABLE, open_image, upright
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import open_file
 
 #: PASCAL VOC's label of pixels at object borders and of difficult objects, and the ignore label everywhere here.
 VOID = 255
@@ -48,7 +48,7 @@ def read_label_map(file_name: str | os.PathLike, dtype: DTypeLike = np.uint8) ->
     """
     try:
         file_name = os.fspath(file_name)
-        with PathManager.open(file_name, "rb") as file, open_image(file, file_name) as image:
+        with open_file(file_name) as file, open_image(file, file_name) as image:
             mode = image.mode
             pixels = upright(np.asarray(image, dtype=np.float32 if mode == "F" else np.int32), image)
     except UNREADABLE as error:

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from selftrain_d2.data.datasets import list_images, read_image_size, register_dataset
 from selftrain_d2.data.label_maps import VOID, read_label_map, voc_colours
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import is_address
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -133,6 +134,10 @@ def load_segmentation_folder(
         InputError: naming the first file: a folder or mask that is missing, an unreadable file, a mask of another
             size than its image, a class id without a name, or two images of one mask. Or two classes have one name.
     """
+    if is_address(images):
+        raise InputError(
+            f"Image folder {images}: images with masks beside them are read from a file system alone."
+        )
     if not Path(masks).is_dir():
         raise InputError(f"Mask folder {masks} does not exist or is not a folder.")
     if not 1 <= len(classes) <= VOID:

@@ -2,6 +2,7 @@
 
 ``tar:///data/shard-000.tar/0001.jpg`` is the member ``0001.jpg`` of ``/data/shard-000.tar``, and
 ``tar:///data/photos/0001.jpg``, without an archive on the way, the file itself: archives and folders can have one root.
+The archive may lie in object storage: ``tar://s3://bucket/shard-000.tar/0001.jpg``.
 Importing this module teaches that to the PathManager, so that whatever reads images through it reads these too.
 """
 
@@ -24,6 +25,7 @@ from iopath.common.file_io import PathHandler
 
 from selftrain_d2.data.image_formats import has_image_extension, printable
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import is_address, is_file, is_folder, open_file, read_range
 
 PREFIX = "tar://"
 
@@ -48,7 +50,7 @@ class TarIndex:
         places: dict[str, tuple[int, int]] = {}  # name -> offset and size of its data
         links: dict[str, str] = {}
         try:
-            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 try:
                     self._scan(archive, places, links)
                     file.seek(archive.offset)
@@ -101,7 +103,8 @@ class TarIndex:
     def read(self, name: str) -> bytes:
         """The bytes of one image.
 
-        Every call opens the file anew: threads and forked processes share no position in it.
+        Every call opens the file anew: threads and forked processes share no position in it. Of an archive at an
+        address only these bytes are asked for.
 
         Raises:
             OSError: there is no such image, or its bytes are not all there.
@@ -109,9 +112,7 @@ class TarIndex:
         if not name:
             raise OSError(f"{self.path} cannot be read to its end: {self.damage}")
         offset, size = self.place(name)
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        data = read_range(self.path, offset, size)
         if len(data) < size:
             raise OSError(f"{self.path} is cut short: {name} has {len(data)} of {size} bytes")
         return data
@@ -135,8 +136,7 @@ def _normalized(name: str) -> str:
 
 
 def _not_a_tar(path: str, error: Exception) -> str:
-    with open(path, "rb") as file:
-        start = file.read(8)
+    start = read_range(path, 0, 8)
     for magic, program in _COMPRESSED.items():
         if start.startswith(magic):
             return (
@@ -149,10 +149,14 @@ def _not_a_tar(path: str, error: Exception) -> str:
 def tar_index(path: str | os.PathLike) -> TarIndex:
     """The index of a tar file, built once in each process for as long as the file does not change.
 
+    An archive at an address is taken not to change while a process runs.
+
     Raises:
         InputError: see :class:`TarIndex`.
     """
     path = os.fspath(path)
+    if is_address(path):
+        return _tar_index(path, -1, -1)
     try:
         state = os.stat(path)
     except OSError as error:
@@ -174,9 +178,12 @@ class TarPathHandler(PathHandler):
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[bytes]:
         if mode != "rb":
             raise OSError(f"{path} can only be opened with mode rb, not {mode}")
-        archive, name = split(path)
+        try:
+            archive, name = split(path)
+        except InputError as error:
+            raise OSError(str(error)) from error
         if archive is None:
-            return open(name, "rb")
+            return open_file(name)
         try:
             return io.BytesIO(tar_index(archive).read(name))
         except InputError as error:
@@ -189,17 +196,36 @@ class TarPathHandler(PathHandler):
         except OSError:
             return False
 
-    _exists = _isfile
+    def _isdir(self, path: str, **kwargs: Any) -> bool:
+        archive, name = split(path)
+        return is_folder(name) if archive is None else not has_image_extension(name)
+
+    def _exists(self, path: str, **kwargs: Any) -> bool:
+        return self._isdir(path) or self._isfile(path)
 
 
 def split(path: str) -> tuple[str | None, str]:
     """The archive and the member of a ``tar://`` path. The first ``*.tar`` that is a file is the archive; where there
-    is none, None and the path of the file itself."""
+    is none, None and the path of the file itself.
+
+    Raises:
+        InputError: an address that cannot be asked.
+    """
     path = path[len(PREFIX) :]
     for match in re.finditer(r"\.tar(?=/|$)", path, re.IGNORECASE):
-        if os.path.isfile(path[: match.end()]):
+        if _is_archive(path[: match.end()]):
             return path[: match.end()], path[match.end() + 1 :]
     return None, path
+
+
+def _is_archive(path: str) -> bool:
+    return _is_remote_archive(path) if is_address(path) else os.path.isfile(path)
+
+
+@functools.cache
+def _is_remote_archive(address: str) -> bool:
+    """Asked once, not for each image."""
+    return is_file(address)
 
 
 PathManager.register_handler(TarPathHandler(), allow_override=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from selftrain_d2 import storage
 from selftrain_d2.data import tar_archive
 from selftrain_d2.data.image_formats import has_image_extension
 from selftrain_d2.data.image_sources import (
@@ -70,9 +70,7 @@ def collect_images(places: Sequence[str], image_root: str | None = None) -> Imag
         if kind in (images_of_archives, _images_of_files):
             sources.append(kind(of_kind))
         elif kind in _WITH_ROOT:
-            sources += [
-                kind(place, image_root or os.path.dirname(os.path.abspath(place))) for place in of_kind
-            ]
+            sources += [kind(place, image_root or storage.folder_of(place)) for place in of_kind]
         else:
             sources += map(kind, of_kind)
     return sources[0] if len(sources) == 1 else _joined(sources)
@@ -82,13 +80,14 @@ _WITH_ROOT = {images_of_list, images_of_coco_json}
 
 
 def _kind(place: str) -> Callable[..., ImageSource]:
-    if os.path.isdir(place):
+    # An object may be a file and a folder: it is a file first.
+    if storage.is_folder(place) and not (storage.is_address(place) and storage.is_file(place)):
         return images_of_folder
     if re.search(
         r"\.tar(\.\w+)?$", place, re.IGNORECASE
     ):  # those that are compressed are refused by their reader
         return images_of_archives
-    if not os.path.isfile(place):
+    if not storage.is_file(place):
         raise InputError(
             f"--unlabeled-images {place} does not exist: give folders, lists, COCO files or tar archives, and put "
             "another --argument, or --, before KEY VALUE pairs."
@@ -99,36 +98,32 @@ def _kind(place: str) -> Callable[..., ImageSource]:
 
 
 def _images_of_files(files: Sequence[str]) -> ImageSource:
-    paths = list(map(os.path.abspath, files))
-    root = os.path.commonpath(list(map(os.path.dirname, paths)))
-    return ImageSource(root, [os.path.relpath(path, root) for path in paths])
+    paths = list(map(storage.absolute_root, files))
+    root = storage.common_folder(map(storage.folder_of, paths))
+    return ImageSource(root, [storage.below(path, root) if root else path for path in paths])
 
 
 def _joined(sources: Sequence[ImageSource]) -> ImageSource:
     """Several sources under the folder that their roots share. Under ``tar://`` there are plain files, too."""
     in_archives = any(source.image_root.startswith(tar_archive.PREFIX) for source in sources)
     folders = [source.image_root.replace(tar_archive.PREFIX, "", 1) for source in sources]
-    root = os.path.commonpath(folders)
+    root = storage.common_folder(folders) if all(folders) else ""
     names = []
     for folder, source in zip(folders, sources):
-        inside = "" if folder == root else os.path.relpath(folder, root) + "/"
-        names += [_below(name, root) if os.path.isabs(name) else inside + name for name in source.file_names]
+        paths = (os.path.join(folder, name) for name in source.file_names)
+        names += [storage.below(path, root) for path in paths] if root else paths
     distinct = list(dict.fromkeys(names))
     if len(distinct) < len(names):
         logger.info(f"Unlabeled images: {len(names) - len(distinct)} come more than once, and count once.")
     return ImageSource(tar_archive.PREFIX + root if in_archives else root, distinct)
 
 
-def _below(path: str, root: str) -> str:
-    inside = os.path.join(root, "")
-    return path[len(inside) :] if path.startswith(inside) else path
-
-
 def without_known(source: ImageSource, known: Mapping[str, Iterable[str]]) -> UnlabeledImages:
     """Leave out the images whose file, or a copy of it, is known.
 
     A file is known by where it lies, links resolved, and by its bytes. Read are only files of a size in bytes that a
-    known one has: first 4 KiB from their middle, and the whole if these are the same.
+    known one has: first 4 KiB from their middle, and the whole if these are the same. Addresses whose handler does not
+    tell sizes (see ``storage.size_of``) are known by the address alone.
 
     Args:
         known: paths of known images, by what they are: "labeled", say.
@@ -173,9 +168,10 @@ class _KnownFiles:
 
     def kinds_of(self, source: ImageSource) -> Iterator[tuple[str, str | None]]:
         """Each image's name, and what it is known as, or None."""
-        names = source.file_names
+        root, names = source.image_root, source.file_names
+        threads = _THREADS if os.path.isabs(root) else storage.REQUESTS
         states = tqdm(
-            _with_states(os.path.join(source.image_root, name) for name in names),
+            _with_states((os.path.join(root, name) for name in names), threads),
             desc="unlabeled images compared with labeled ones",
             unit="image",
             total=len(names),
@@ -205,9 +201,12 @@ class _KnownFiles:
         return contents
 
 
-def _with_states(paths: Iterable[str]) -> Iterator[tuple[str, tuple[Any, int] | None]]:
-    """Each path with what tells its file from others and its size in bytes; with None if it is no local file."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+def _with_states(
+    paths: Iterable[str], threads: int = _THREADS
+) -> Iterator[tuple[str, tuple[Any, int] | None]]:
+    """Each path with what tells its file from others and its size in bytes (0 where it is not known); with None if
+    there is no file."""
+    with ThreadPoolExecutor(threads) as pool:
         rest = iter(paths)
         while chunk := list(itertools.islice(rest, _CHUNK)):
             states = pool.map(_states, (chunk[i : i + _PART] for i in range(0, len(chunk), _PART)))
@@ -221,13 +220,17 @@ def _states(paths: Sequence[str]) -> list[tuple[Any, int] | None]:
 def _state(path: str) -> tuple[Any, int] | None:
     try:
         if not path.startswith(tar_archive.PREFIX):
+            if storage.is_address(path):
+                return (path,), storage.size_of(path) or 0
             state = os.stat(path)
             return (state.st_dev, state.st_ino), state.st_size
         archive, name = tar_archive.split(path)
         if archive is None:
             return _state(name)
-        state = os.stat(archive)
         offset, size = tar_archive.tar_index(archive).place(name)
+        if storage.is_address(archive):
+            return (archive, offset), size
+        state = os.stat(archive)
         return (state.st_dev, state.st_ino, offset), size
     except OSError:
         return None
@@ -236,11 +239,10 @@ def _state(path: str) -> tuple[Any, int] | None:
 def _hash(path: str, size: int, sample: bool = False) -> bytes:
     """SHA-256 of a file of ``size`` bytes, or of a sample from its middle."""
     digest = hashlib.sha256()
-    with PathManager.open(path, "rb") as file:
-        if sample:
-            file.seek(max(0, (size - _SAMPLE_BYTES) // 2))
-            digest.update(file.read(_SAMPLE_BYTES))
-        else:
+    if sample:
+        digest.update(storage.read_range(path, max(0, (size - _SAMPLE_BYTES) // 2), _SAMPLE_BYTES))
+    else:
+        with storage.open_file(path) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.digest()

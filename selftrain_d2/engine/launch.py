@@ -61,7 +61,7 @@ DatasetSpec = tuple
 
 def human_labels(name: str, json_file: str, image_root: str) -> DatasetSpec:
     """Human labels in COCO JSON, for :func:`registered`."""
-    return name, register_human_labels, (os.path.abspath(json_file), absolute_root(image_root))
+    return name, register_human_labels, (absolute_root(json_file), absolute_root(image_root))
 
 
 def human_masks(name: str, images: str, masks: str, classes: Sequence[str]) -> DatasetSpec:
@@ -92,7 +92,7 @@ def selected_labels(
     return (
         name,
         functools.partial(_register_selected, selection=selection, counts=counts),
-        (os.path.abspath(folder),),
+        (absolute_root(folder),),
     )
 
 

@@ -25,7 +25,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from selftrain_d2.data.image_files import UNREADABLE, read_image
-from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest, shard_files
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset
 from selftrain_d2.data.pseudo_labels.masks import PERCENTS, least_percents, read_mask
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
@@ -123,8 +123,7 @@ def pixel_histogram(folder: str | os.PathLike, manifest: dict[str, Any]) -> np.n
     """(C, 101) int64: pixels of all images by class and confidence in percent, of a folder and its manifest."""
     bins = PERCENTS * len(manifest["stuff_classes"])
     counts = np.zeros(bins, np.int64)
-    files = (Path(folder) / "shards" / name for name in manifest["shards"])
-    for table in read_shards(files, ["bins", "pixels"]):
+    for table in read_shards(shard_files(folder, manifest), ["bins", "pixels"]):
         of_shard = np.bincount(flat_values(table, "bins"), flat_values(table, "pixels"), minlength=bins)
         counts += of_shard.astype(np.int64)
     return counts.reshape(-1, PERCENTS)

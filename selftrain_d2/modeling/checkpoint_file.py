@@ -13,6 +13,7 @@ import torch
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import whole_file
+from selftrain_d2.storage import open_file
 
 # What a pickle of numpy arrays (detectron2's model zoo) needs, under the names of numpy 1 and 2.
 _NUMPY_GLOBALS = {
@@ -123,11 +124,11 @@ def file_sha256(path: str | Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): correct the path.") from error
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): correct the path.") from error
     return digest.hexdigest()
 
 

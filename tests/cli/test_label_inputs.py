@@ -1,9 +1,11 @@
 """The label command takes images from a folder, a list, COCO JSON, a tar archive, or a registered dataset."""
 
 import json
+import shutil
 import tarfile
 
 import cv2
+import fsspec
 import pytest
 import torch
 from conftest import SMALL_MODEL, make_coco_set
@@ -41,11 +43,11 @@ def inputs(small_config, tmp_path):
     }
 
 
-def _label(tmp_path, arguments):
+def _label(tmp_path, arguments, weights=None):
     return main(
         ["label", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml", *arguments, "--score-floor", "0.001",
          "--classes", "red", "green", "--output", str(tmp_path / "labels"), *SMALL_MODEL,
-         "MODEL.WEIGHTS", str(tmp_path / "teacher.pth")]
+         "MODEL.WEIGHTS", weights or str(tmp_path / "teacher.pth")]
     )  # fmt: skip
 
 
@@ -115,3 +117,31 @@ def test_one_kind_of_input_at_a_time(tmp_path, capsys):
             _label(tmp_path, arguments)
         assert stop.value.code == 2
         assert "--archive" in capsys.readouterr().err
+
+
+def test_the_commands_take_object_storage(inputs, tmp_path):
+    """Images, teacher, labels of people and pseudo labels at addresses; the outputs are local."""
+    memory = fsspec.filesystem("memory")
+    make_coco_set(tmp_path / "labeled", 2, seed=1)
+    assert _label(tmp_path, inputs["archive"]) == 0
+    expected = _annotations(tmp_path)
+    for name in ("photos", "labeled", "labels", "teacher.pth", "shard-0.tar", "shard-1.tar"):
+        memory.put(str(tmp_path / name), f"memory://store/{name}", recursive=True)
+    shutil.rmtree(tmp_path / "labels")
+    weights, archives = "memory://store/teacher.pth", "memory://store/shard-{0..1}.tar"
+    assert _label(tmp_path, ["--archive", archives], weights) == 0
+    assert _annotations(tmp_path) == expected
+    manifest = read_manifest(tmp_path / "labels")
+    assert manifest["image_root"] == "tar://memory://store" and not manifest["skipped"]
+    command = [
+        "train", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml",
+        "--human-labels", "human", "memory://store/labeled/labels.json", "memory://store/labeled/images",
+        "--pseudo-labels", "pseudo", "memory://store/labels", *SMALL_MODEL,
+        "DATASETS.TRAIN", "('human',)", "DATASETS.PSEUDO_TRAIN", "('pseudo',)", "DATASETS.TEST", "()",
+        "SOLVER.PSEUDO_IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "1", "SELFTRAIN.SCORE_THRESH", "0.01",
+        "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "student"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert (tmp_path / "student" / "model_final.pth").exists()
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]

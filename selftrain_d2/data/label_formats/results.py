@@ -14,6 +14,7 @@ from selftrain_d2.data.coco_file import check_coco, read_coco
 from selftrain_d2.data.label_formats.detect import read_labels
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
+from selftrain_d2.storage import is_file, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,9 @@ def read_predictions(
 
 def is_results(path: str | os.PathLike) -> bool:
     """Whether a path is a JSON file of COCO results, which is a list where COCO's labels are an object."""
-    if not (os.fspath(path).lower().endswith(".json") and os.path.isfile(path)):
+    if not (os.fspath(path).lower().endswith(".json") and is_file(path)):
         return False
-    with open(path, "rb") as file:  # not parsed: that is done once, by whoever reads it
+    with open_file(path) as file:  # not parsed: that is done once, by whoever reads it
         while chunk := file.read(4096):
             if text := chunk.lstrip():
                 return text.startswith(b"[")

@@ -19,12 +19,11 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes
+from selftrain_d2.data.pseudo_labels.manifest import read_manifest_of_boxes, shard_files
 from selftrain_d2.data.pseudo_labels.selection import ENOUGH_BOXES, matching_threshold, plain
 from selftrain_d2.data.pseudo_labels.shards import SCHEMA, flat_values, read_shards
 
@@ -129,7 +128,7 @@ def thresholds_by_counts(
         InputError: the folder holds no finished pseudo labels, or masks; a shard is missing or damaged.
     """
     manifest = read_manifest_of_boxes(folder)
-    files = [Path(folder) / "shards" / name for name in manifest["shards"]]
+    files = shard_files(folder, manifest)
     images = manifest["labeled"] + manifest["empty"]
     # The empty table gives the columns their types where there is no shard.
     tables = itertools.chain([SCHEMA.empty_table()], read_shards(files, ["scores", "category_ids"]))

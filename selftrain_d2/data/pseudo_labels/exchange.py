@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, TextIO
 from urllib.parse import unquote
 
@@ -29,6 +29,7 @@ from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import whole_file
+from selftrain_d2.storage import is_file, missing_files, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def import_coco(
     coco = check_coco_json(
         json_file, image_root, allow_flat=False, mend_image=lambda image: _mend_image(image, image_root)
     )
-    sha256 = hashlib.sha256(Path(json_file).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(read_bytes(json_file)).hexdigest()
     return _import(coco, sha256, json_file, image_root, folder, thing_classes)
 
 
@@ -173,9 +174,9 @@ def import_predictions(
     if os.fspath(path).lower().endswith(".json") and image_json is None and not is_results(path):
         return import_coco(path, image_root, folder, thing_classes=thing_classes)
     coco = read_predictions(path, os.fspath(image_root), image_json=image_json, classes=thing_classes)
-    for image in coco["images"]:
-        if not os.path.isfile(os.path.join(image_root, image["file_name"])):
-            raise InputError(f"{path} names images that are not in {image_root}, e.g. {image['file_name']}.")
+    missing = missing_files(image_root, (image["file_name"] for image in coco["images"]))
+    if missing:
+        raise InputError(f"{path} names images that are not in {image_root}, e.g. {missing[0]}.")
     sha256 = hashlib.sha256(json.dumps(coco).encode()).hexdigest()
     return _import(coco, sha256, path, image_root, folder, thing_classes)
 
@@ -204,7 +205,7 @@ def _import(
         for shard in missing:
             writer.write_shard(shard, (rows[position] for position in writer.shard_range(shard)))
         return writer.finish(
-            imported_json=os.path.abspath(json_file),
+            imported_json=absolute_root(json_file),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
 
@@ -300,9 +301,8 @@ def _mend_image(image: dict[str, Any], image_root: str | os.PathLike) -> None:
     """Undo what Label Studio did to an image's entry."""
     image["file_name"] = _local_name(image["file_name"], image_root)
     path = os.path.join(image_root, image["file_name"])
-    if None in (image.get("height"), image.get("width")) and os.path.isfile(
-        path
-    ):  # it knows those of boxes alone
+    # It knows those of boxes alone.
+    if None in (image.get("height"), image.get("width")) and is_file(path):
         try:
             image["height"], image["width"] = read_image_size(path)
         except OSError as error:
@@ -320,4 +320,4 @@ def _local_name(file_name: str, image_root: str | os.PathLike) -> str:
     # It begins at Label Studio's document root, in which the image root may lie deeper.
     root, parts = PurePath(absolute_root(image_root)).parts, PurePath(name).parts
     inside = (os.path.join(*parts[n:]) for n in range(len(parts)) if parts[:n] == root[len(root) - n :])
-    return next((path for path in inside if os.path.isfile(os.path.join(image_root, path))), name)
+    return next((path for path in inside if is_file(os.path.join(image_root, path))), name)

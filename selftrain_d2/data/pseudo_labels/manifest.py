@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from selftrain_d2.data.pseudo_labels.masks import MASKS
 from selftrain_d2.data.pseudo_labels.shards import BOXES, LabelKind, read_shards
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
+from selftrain_d2.storage import is_file, size_of
 
 MANIFEST = "manifest.json"
 #: Goes up when folders of before can no longer be read.
@@ -19,14 +19,14 @@ FORMAT = 2
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a finished pseudo-label folder.
+    """The manifest of a finished pseudo-label folder, which may be at an address.
 
     Raises:
         InputError: there is none, labeling has not finished, or it was written by another version of this
             package.
     """
-    file = Path(folder) / MANIFEST
-    if not file.is_file():
+    file = os.path.join(folder, MANIFEST)
+    if not is_file(file):
         raise InputError(f"{folder} holds no pseudo labels: it has no {MANIFEST}.")
     manifest = read_json(file)
     if not manifest.get("finished"):
@@ -51,12 +51,17 @@ def read_manifest_of_boxes(folder: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
+def shard_files(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[str]:
+    """Paths or addresses of a folder's shards, in order."""
+    return [os.path.join(folder, "shards", name) for name in manifest["shards"]]
+
+
 def kind_of(manifest: Mapping[str, Any]) -> LabelKind:
     """What a folder's labels are, from its manifest or identity."""
     return MASKS if MASKS.classes_key in manifest else BOXES
 
 
-def count_contents(files: Sequence[Path], kind: LabelKind) -> dict[str, Any]:
+def count_contents(files: Sequence[str | os.PathLike], kind: LabelKind) -> dict[str, Any]:
     """Checksums and contents of all shards, for the manifest."""
     counts = dict.fromkeys(("listed", "labeled", "empty", kind.name), 0)
     skipped: dict[str, str] = {}
@@ -75,7 +80,7 @@ def count_contents(files: Sequence[Path], kind: LabelKind) -> dict[str, Any]:
         **counts,
         "file_list_sha256": names.hexdigest(),
         "skipped": skipped,
-        "shards": {file.name: file.stat().st_size for file in files},
+        "shards": {os.path.basename(file): size_of(file, read=True) for file in files},
     }
 
 

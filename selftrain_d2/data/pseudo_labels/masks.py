@@ -26,6 +26,7 @@ from selftrain_d2.data.label_maps import VOID
 from selftrain_d2.data.pseudo_labels.shards import LabelKind, flat_values, list_lengths
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import process_name, writing
+from selftrain_d2.storage import read_bytes, size_of
 
 #: Folder of the PNGs in a pseudo-label folder.
 FOLDER = "masks"
@@ -151,9 +152,11 @@ def read_mask(file: str | os.PathLike, sha256: bytes | None = None) -> PixelLabe
         InputError: it is missing, damaged, or no pseudo mask.
     """
     try:
-        content = Path(file).read_bytes()
+        content = read_bytes(file)
     except OSError as error:
-        raise InputError(f"Pseudo mask {file} cannot be read ({error.strerror}); {_ADVICE}.") from error
+        raise InputError(
+            f"Pseudo mask {file} cannot be read ({error.strerror or error}); {_ADVICE}."
+        ) from error
     if sha256 is not None and hashlib.sha256(content).digest() != sha256:
         raise InputError(
             f"Pseudo mask {file} is damaged: it has another SHA-256 than its shard says; {_ADVICE}."
@@ -185,7 +188,7 @@ def damaged_mask(folder: str | os.PathLike, table: pa.Table) -> str | None:
 
     def is_damaged(name: str, sha256: bytes) -> bool:
         try:
-            content = (Path(folder) / mask_path(name)).read_bytes()
+            content = read_bytes(os.path.join(folder, mask_path(name)))
         except OSError:
             return True
         return hashlib.sha256(content).digest() != sha256
@@ -203,11 +206,11 @@ def check_masks_are_there(folder: str | os.PathLike, table: pa.Table) -> None:
         InputError: naming the first that is missing or of another size.
     """
     table = _labeled(table)
-    files = [str(Path(folder) / mask_path(name)) for name in table["file_name"].to_pylist()]
+    files = [os.path.join(folder, mask_path(name)) for name in table["file_name"].to_pylist()]
 
     def size(file: str) -> int | None:
         try:
-            return os.path.getsize(file)
+            return size_of(file, read=True)
         except OSError:
             return None
 

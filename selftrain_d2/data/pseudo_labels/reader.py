@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,13 @@ from selftrain_d2.data.pseudo_labels.dataset import (
     join_columns,
     shard_columns,
 )
-from selftrain_d2.data.pseudo_labels.manifest import MANIFEST, count_contents, kind_of, read_manifest
+from selftrain_d2.data.pseudo_labels.manifest import (
+    MANIFEST,
+    count_contents,
+    kind_of,
+    read_manifest,
+    shard_files,
+)
 from selftrain_d2.data.pseudo_labels.mask_dataset import PseudoMaskDataset, mask_columns
 from selftrain_d2.data.pseudo_labels.masks import MASKS, check_masks_are_there, damaged_mask, least_percents
 from selftrain_d2.data.pseudo_labels.selection import (
@@ -41,6 +46,7 @@ from selftrain_d2.data.pseudo_labels.shards import (
     read_shards,
 )
 from selftrain_d2.errors import InputError
+from selftrain_d2.storage import absolute_root
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +61,7 @@ def verify_pseudo_labels(folder: str | os.PathLike) -> dict[str, Any]:
         InputError: a shard or mask is missing or damaged, or the manifest differs from the shards.
     """
     manifest = read_manifest(folder)
-    kind, files = kind_of(manifest), _shard_files(folder, manifest)
+    kind, files = kind_of(manifest), shard_files(folder, manifest)
     for table in read_shards(files if kind is MASKS else ()):
         name = damaged_mask(folder, table)
         if name is not None:
@@ -65,8 +71,8 @@ def verify_pseudo_labels(folder: str | os.PathLike) -> dict[str, Any]:
     for key, value in count_contents(files, kind).items():
         if manifest.get(key) != value:
             raise InputError(
-                f"{Path(folder) / MANIFEST} was changed: its {key!r} is not what the shards hold; copy the folder "
-                "again, or run the command that wrote it."
+                f"{os.path.join(folder, MANIFEST)} was changed: its {key!r} is not what the shards hold; copy the "
+                "folder again, or run the command that wrote it."
             )
     return manifest
 
@@ -84,7 +90,7 @@ def load_pseudo_labels(
     """Read pseudo labels as detectron2 dataset dicts. Every shard is checked against its SHA-256.
 
     Args:
-        folder: what ``generate_pseudo_labels`` wrote.
+        folder: what ``generate_pseudo_labels`` wrote; a path, or an address.
         score_thresh: boxes with a score under this are left out (those at it stay), and pixels ignored (their scores
             are known in whole percent): one number, or one by class name, for every class. The paper uses 0.5.
         image_root: where the images are, if not where they were when labeled.
@@ -120,7 +126,7 @@ def load_pseudo_labels(
     thresholds = resolve_thresholds(
         manifest, score_thresh, top_k, boxes_per_image, ignore_score_thresh, localization_thresh
     )
-    files = _shard_files(folder, manifest)
+    files = shard_files(folder, manifest)
     image_root = manifest["image_root"] if image_root is None else str(image_root)
     if kind_of(manifest) is MASKS:
         return _load_masks(folder, files, least_percents(thresholds), image_root)
@@ -152,18 +158,18 @@ def _columns(
 
 
 def _load_masks(
-    folder: str | os.PathLike, files: Sequence[Path], least_percent: tuple[int, ...], image_root: str
+    folder: str | os.PathLike, files: Sequence[str], least_percent: tuple[int, ...], image_root: str
 ) -> PseudoMaskDataset:
     parts = [mask_columns(MASKS.schema.empty_table(), least_percent)]
     for table in read_shards(files):
         check_masks_are_there(folder, table)
         parts.append(mask_columns(table, least_percent))
-    return PseudoMaskDataset(join_columns(parts), image_root, None, os.path.abspath(folder), least_percent)
+    return PseudoMaskDataset(join_columns(parts), image_root, None, absolute_root(folder), least_percent)
 
 
 def _choose_threshold(
     folder: str | os.PathLike,
-    files: Sequence[Path],
+    files: Sequence[str],
     floors: np.ndarray,
     top_k: int | None,
     boxes_per_image: float,
@@ -196,7 +202,3 @@ def _selected(
             raise InputError(WITHOUT_LOCALIZATION)
         scores = np.where(localized >= np.float32(localization_thresh), scores, np.float32(-1))
     return select_boxes(scores, category_ids, box_counts(table), thresholds, top_k)
-
-
-def _shard_files(folder: str | os.PathLike, manifest: dict[str, Any]) -> list[Path]:
-    return [Path(folder) / "shards" / name for name in manifest["shards"]]

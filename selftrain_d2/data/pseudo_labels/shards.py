@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import whole_file
+from selftrain_d2.storage import read_bytes
 
 LOCALIZATION_SCORES = "localization_scores"
 
@@ -133,26 +134,29 @@ def check_table(table: pa.Table, num_classes: int) -> None:
         )
 
 
-def read_shard(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_shard(file: str | os.PathLike, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a shard and check its bytes against its name.
 
     Args:
+        file: a path, or an address.
         columns: some of its schema; all by default.
 
     Raises:
         InputError: it is not there, or damaged.
     """
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); {_ADVICE}.") from error
+        raise InputError(f"{file} cannot be read ({error.strerror or error}); {_ADVICE}.") from error
     if not _is_whole(file, content):
         raise InputError(f"{file} is damaged: its SHA-256 is not the one in its name; {_ADVICE}.")
     # One thread: the shards are small.
     return pq.ParquetFile(pa.BufferReader(content)).read(columns and list(columns), use_threads=False)
 
 
-def read_shards(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_shards(
+    files: Iterable[str | os.PathLike], columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
     """:func:`read_shard` of one file after the other: one shard is in memory at a time."""
     return (read_shard(file, columns) for file in files)
 
@@ -165,8 +169,8 @@ def is_intact(file: Path) -> bool:
         return False
 
 
-def _is_whole(file: Path, content: bytes) -> bool:
-    return _NAME.fullmatch(file.name)[2] == hashlib.sha256(content).hexdigest()
+def _is_whole(file: str | os.PathLike, content: bytes) -> bool:
+    return _NAME.fullmatch(os.path.basename(file))[2] == hashlib.sha256(content).hexdigest()
 
 
 def flat_values(table: pa.Table, name: str) -> np.ndarray:

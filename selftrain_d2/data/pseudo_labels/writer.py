@@ -37,6 +37,7 @@ from selftrain_d2.data.pseudo_labels.selection import class_names_of
 from selftrain_d2.data.pseudo_labels.shards import is_intact, list_shards, read_shard, write_shard
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json, write_json, writing
+from selftrain_d2.storage import check_local
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class PseudoLabelWriter:
         exclusive: bool = True,
         check: bool = True,
     ):
+        check_local(folder, "The output folder")
         self.folder = Path(folder)
         self.file_names = file_names
         self.identity = {

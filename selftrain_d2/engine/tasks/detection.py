@@ -39,6 +39,7 @@ from selftrain_d2.inspection.box_quality import (
 from selftrain_d2.inspection.box_quality_plot import precision_recall_plot
 from selftrain_d2.inspection.box_sheet import contact_sheet
 from selftrain_d2.modeling.checkpoint import file_sha256
+from selftrain_d2.storage import join
 
 PRECISION_RECALL = "precision_recall.png"
 #: Rules of thumb, where there is no truth: pseudo boxes an image over those of people from which they are said to be
@@ -88,7 +89,7 @@ class Detection(Task):
         if self.validation_json is not None:
             labels["of validation"] = (self.validation_json, self.validation_images)
         return {
-            kind: [os.path.join(images, image["file_name"]) for image in read_coco_images(json_file)]
+            kind: [join(images, image["file_name"]) for image in read_coco_images(json_file)]
             for kind, (json_file, images) in labels.items()
         }
 
