@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python tools/benchmark.py --task train
 	$(BIN)/python tools/benchmark.py --task label
 	$(BIN)/python tools/benchmark.py --task store
+	$(BIN)/python tools/benchmark.py --task writers
 
 # The page of our experiments, drawn from their stored metrics.
 evidence: setup

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.benchmarks.timing import machine, use_one_core
 
 # Task -> module with run(rounds) -> a dict of figures, whose "table" is Markdown.
@@ -22,6 +23,7 @@ TASKS = {
     "label": "selftrain_d2.experiments.benchmarks.label",
     "store": "selftrain_d2.experiments.benchmarks.store",
     "train": "selftrain_d2.experiments.benchmarks.train",
+    "writers": "selftrain_d2.experiments.benchmarks.writers",
 }
 
 
@@ -30,12 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=_positive, default=7, metavar="N", help="measurements of each contestant (default 7)"
     )
+    parser.add_argument("--images", type=_positive, metavar="N", help="records of --task writers")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="those of --task writers")
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
 
 
 def run(args: argparse.Namespace) -> None:
+    sizes = {key: value for key in ("images", "processes") if (value := getattr(args, key)) is not None}
+    if sizes and args.task != "writers":
+        raise InputError("--images and --processes go with --task writers: leave them out.")
     use_one_core()
-    results = importlib.import_module(TASKS[args.task]).run(args.rounds)
+    results = importlib.import_module(TASKS[args.task]).run(args.rounds, **sizes)
     results["machine"] = machine()
     results["command"] = " ".join(["selftrain-d2 benchmark", *sys.argv[1:]])
     if args.output:

@@ -119,8 +119,9 @@ def test_one_kind_of_input_at_a_time(tmp_path, capsys):
         assert "--archive" in capsys.readouterr().err
 
 
-def test_the_commands_take_object_storage(inputs, tmp_path):
+def test_the_commands_take_object_storage(inputs, tmp_path, monkeypatch):
     """Images, teacher, labels of people and pseudo labels at addresses; the outputs are local."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     make_coco_set(tmp_path / "labeled", 2, seed=1)
     assert _label(tmp_path, inputs["archive"]) == 0

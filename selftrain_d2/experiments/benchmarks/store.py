@@ -8,24 +8,27 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels, verify_pseudo_labels
-from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.experiments.benchmarks.records import (
+    IDENTITY,
+    THRESHOLD,
+    ImageNames,
+    memory,
+    own_memory,
+    records,
+)
 from selftrain_d2.experiments.benchmarks.timing import markdown_table, spread, use_one_core
 
 IMAGES = 1_200_000  # ImageNet has 1.28 million
-BOXES_PER_IMAGE = 10  # on average, from the floor up
-FLOOR, THRESHOLD, SHARE_ABOVE = 0.05, 0.5, 0.3  # so 3 boxes an image are trained on
-CLASSES = 80
 RANDOM_IMAGES, FEW = 300_000, 100
 LOADER_BATCH = 512
 ESTIMATED_IMAGES = 100_000_000
@@ -102,28 +105,23 @@ def _in_fresh_process(function: Callable[..., dict[str, Any]], *arguments: Any) 
 
 
 def _write(folder: str, images: int) -> dict[str, Any]:
-    names = [f"train/{i % 1000:04d}/image_{i:09d}.jpg" for i in range(images)]
-    identity = {
-        "thing_classes": [f"class {i}" for i in range(CLASSES)],
-        "score_floor": FLOOR,
-        "image_root": "/photos",
-    }
-    before, seconds, growth_at_tenth = _memory()["resident"], 0.0, None
-    with PseudoLabelWriter(folder, identity, names) as writer:
+    names = list(ImageNames(images))
+    before, seconds, growth_at_tenth = memory()["resident"], 0.0, None
+    with PseudoLabelWriter(folder, IDENTITY, names) as writer:
         shards = writer.missing_shards()
         for shard in shards:
-            rows = list(_records([names[i] for i in writer.shard_range(shard)], seed=shard))
+            rows = list(records([names[i] for i in writer.shard_range(shard)], seed=shard))
             start = time.perf_counter()
             writer.write_shard(shard, rows)
             seconds += time.perf_counter() - start
             if growth_at_tenth is None and 10 * (shard + 1) >= len(shards):
-                growth_at_tenth = _memory()["resident"] - before
+                growth_at_tenth = memory()["resident"] - before
         start = time.perf_counter()
         manifest = writer.finish()
         finish_seconds = time.perf_counter() - start
-    growth = _memory()["resident"] - before
+    growth = memory()["resident"] - before
     start = time.perf_counter()
-    PseudoLabelWriter(folder, identity, names).close()
+    PseudoLabelWriter(folder, IDENTITY, names).close()
     return {
         "seconds": seconds,
         "finish_seconds": finish_seconds,
@@ -135,21 +133,10 @@ def _write(folder: str, images: int) -> dict[str, Any]:
     }
 
 
-def _records(names: list[str], seed: int) -> Iterator[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    for name, number in zip(names, rng.poisson(BOXES_PER_IMAGE, len(names))):
-        corners = rng.uniform(0, 400, (number, 2))
-        boxes = np.concatenate([corners, corners + rng.uniform(8, 240, (number, 2))], axis=1)
-        above = rng.random(number) < SHARE_ABOVE
-        scores = np.where(above, rng.uniform(THRESHOLD, 1, number), rng.uniform(FLOOR, THRESHOLD, number))
-        # Rounded to float32, a score may reach the threshold from below: one in millions.
-        yield make_row(name, 480, 640, boxes, scores, rng.integers(0, CLASSES, number))
-
-
 def _load(folder: str, rounds: int) -> dict[str, Any]:
     use_one_core()
     results: dict[str, Any] = {"verify_seconds": [], "load_seconds": [], "load_cpu_seconds": []}
-    before = _memory()
+    before = memory()
     labels = None
     for _ in range(rounds):
         labels = None  # one at a time
@@ -158,7 +145,7 @@ def _load(folder: str, rounds: int) -> dict[str, Any]:
         results["load_seconds"].append(time.perf_counter() - start)
         results["load_cpu_seconds"].append(time.process_time() - cpu_start)
         if len(results["load_seconds"]) == 1:
-            after = _memory()
+            after = memory()
     results["boxes"] = int(labels.box_counts.sum())
     results["column_megabytes"] = len(pickle.dumps(labels)) / 1e6
     results["resident"] = after["resident"]
@@ -190,22 +177,5 @@ def _epoch(dataset: Sequence, order: list[int], workers: int) -> tuple[float, fl
     for batch in loader:
         seen += len(batch)
         if seen == len(order) and workers:
-            own = [_own_memory(process.pid) for process in multiprocessing.active_children()]
+            own = [own_memory(process.pid) for process in multiprocessing.active_children()]
     return time.perf_counter() - start, statistics.median(own)
-
-
-def _memory() -> dict[str, float]:
-    """MB that this process has in memory, now and at most so far."""
-    fields = _kilobytes("/proc/self/status")
-    return {"resident": fields["VmRSS"] / 1e3, "peak": fields["VmHWM"] / 1e3}
-
-
-def _own_memory(pid: int) -> float:
-    """MB that a process shares with no other."""
-    fields = _kilobytes(f"/proc/{pid}/smaps_rollup")
-    return (fields["Private_Clean"] + fields["Private_Dirty"]) / 1e3
-
-
-def _kilobytes(file: str) -> dict[str, int]:
-    lines = (line.split() for line in Path(file).read_text(encoding="utf-8").splitlines())
-    return {words[0].rstrip(":"): int(words[1]) for words in lines if words[-1] == "kB"}

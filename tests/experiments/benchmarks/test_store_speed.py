@@ -2,6 +2,7 @@ import mmap
 import os
 
 from selftrain_d2.experiments.benchmarks import store as benchmark_pseudo_label_store
+from selftrain_d2.experiments.benchmarks.records import own_memory, records
 
 
 def test_table_and_figures(monkeypatch):
@@ -24,11 +25,7 @@ def test_table_and_figures(monkeypatch):
 
 def _boxes(threshold):
     names = [f"{i}.jpg" for i in range(3000)]
-    rows = [
-        row
-        for shard in range(12)
-        for row in benchmark_pseudo_label_store._records(names[256 * shard : 256 * (shard + 1)], shard)
-    ]
+    rows = [row for shard in range(12) for row in records(names[256 * shard : 256 * (shard + 1)], shard)]
     return sum(int((row["scores"] >= threshold).sum()) for row in rows)
 
 
@@ -36,6 +33,6 @@ def test_own_memory_of_a_process():
     # Mapped, not allocated: an allocator may serve and keep 50 MB from what the process already holds.
     with mmap.mmap(-1, 50_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as content:
         content.write(b"x" * len(content))
-        before = benchmark_pseudo_label_store._own_memory(os.getpid())
+        before = own_memory(os.getpid())
     assert before > 50
-    assert benchmark_pseudo_label_store._own_memory(os.getpid()) < before - 40
+    assert own_memory(os.getpid()) < before - 40
