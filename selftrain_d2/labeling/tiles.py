@@ -103,12 +103,10 @@ def label_tiles_in_order(
             yield skipped_row(picture["file_name"], skipped=picture["skipped"])
             continue
         grid = tiles.grid(picture["height"], picture["width"])
-        show = progress and len(grid) >= _MANY_TILES
-        rest = (next(found)[1] for _ in grid[1:])
-        parts = [
-            first,
-            *tqdm(rest, picture["file_name"], len(grid) - 1, False, unit="tile", disable=not show),
-        ]
+        parts = [first]
+        hidden = not progress or len(grid) < _MANY_TILES
+        for _ in tqdm(grid[1:], desc=picture["file_name"], unit="tile", leave=False, disable=hidden):
+            parts.append(next(found)[1])
         yield labeled_row(picture, put_together(parts, grid, (picture["height"], picture["width"])))
 
 
