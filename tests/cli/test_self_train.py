@@ -25,7 +25,7 @@ from selftrain_d2.engine import pipeline, stage_record
 from selftrain_d2.engine.tasks import Detection
 from selftrain_d2.modeling.checkpoint import file_sha256
 
-STEPS = ["SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SELFTRAIN.SCORE_THRESH", "0.005"]
+STEPS = ["SOLVER.MAX_ITER", "3", "SELFTRAIN.SCORE_THRESH", "0.005"]
 
 
 @pytest.fixture
@@ -215,25 +215,15 @@ def test_killed_and_started_again(command, tmp_path):
     """A loop killed while the student trains goes on, and the teacher is not trained again."""
     output = tmp_path / "output"
     command = [
-        *command,
-        "SELFTRAIN.STUDENT",
-        "('SOLVER.MAX_ITER', 12)",
-        "SELFTRAIN.TEACHER_CHECKPOINT",
-        "best",
-    ]
-    command += [
-        "TEST.BEST_METRIC",
-        "validation/loss",
-        "TEST.VALIDATION_LOSS",
-        "True",
-        "TEST.EVAL_PERIOD",
-        "2",
-    ]
+        *command, "SELFTRAIN.STUDENT", "('SOLVER.MAX_ITER', 12, 'SOLVER.CHECKPOINT_PERIOD', 1)",
+        "SELFTRAIN.TEACHER_CHECKPOINT", "best", "TEST.BEST_METRIC", "validation/loss",
+        "TEST.VALIDATION_LOSS", "True", "TEST.EVAL_PERIOD", "2",
+    ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from selftrain_d2.cli import main; sys.exit(main())", *command],
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (output / "student" / "last_checkpoint").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -251,13 +241,11 @@ def test_killed_and_started_again(command, tmp_path):
 
     # The teacher with the lowest validation loss labeled, and is the student's start.
     stages = json.loads((output / "summary.json").read_text())["stages"]
-    assert stages["teacher"]["weights"] == "teacher/best/model_best.pth" and stages["teacher"]["best"][
-        "steps"
-    ] in (2, 3)
+    assert stages["teacher"]["weights"] == "teacher/best/model_best.pth"
+    assert stages["teacher"]["best"]["steps"] in (2, 3)
     best = file_sha256(output / stages["teacher"]["weights"])
-    assert (
-        json.loads((output / "pseudo_labels" / "manifest.json").read_text())["teacher_weights_sha256"] == best
-    )
+    manifest = json.loads((output / "pseudo_labels" / "manifest.json").read_text())
+    assert manifest["teacher_weights_sha256"] == best
     settings = json.loads((output / "student" / "stage.json").read_text())["settings"]
     assert settings["weights_sha256"] == best and settings["TEST.EVAL_PERIOD"] == 2
     assert "`teacher`: the best weights by validation/loss (" in (output / "summary.md").read_text()

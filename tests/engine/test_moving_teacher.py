@@ -49,7 +49,7 @@ def _student(cfg, tmp_path, classes=("red", "green"), **keys):
     """A student of a teacher with random weights, whose scores are spread."""
     cfg.DATASETS.TRAIN, cfg.DATASETS.PSEUDO_TRAIN, cfg.DATASETS.TEST = ("human",), ("plain",), ()
     cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.PSEUDO_IMS_PER_BATCH = 2
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 1
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 2
     cfg.SELFTRAIN.TEACHER = "moving_average"
     cfg.SEED = 3
     cfg.DATALOADER.NUM_WORKERS = 0

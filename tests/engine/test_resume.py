@@ -64,7 +64,7 @@ def _run(command):
 def _kill_after_checkpoint(command, output, name, seconds):
     """Kill a real process some time after a checkpoint was written."""
     process = _start(command)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (output / name).exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
