@@ -10,14 +10,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# The real command, on one thread, with shards of two images; what follows may change more.
+# The real command, on one thread, with shards of eight images; what follows may change more.
 _PROGRAM = """
 import datetime, os, signal, sys, time
 import torch
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels import writer
 torch.set_num_threads(1)
-writer.SHARD_SIZE = 2
+writer.SHARD_SIZE = 8
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 {change}
 sys.exit(main(sys.argv[1:]))

@@ -11,25 +11,30 @@ from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
 from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
 
-# The process of one rank is killed when it has labeled its first shard, before that is written.
+# The process of one rank is killed after its first shard; until then no other makes more than one.
 KILLED = """
-if rank == 1 and attempt == 0:
+killed = os.path.join(os.path.dirname(__file__), "killed")
+if not os.path.exists(killed):
+    write = writer.PseudoLabelWriter.write_shard
     def write_shard(self, shard, rows):
-        list(rows)
-        os.kill(os.getpid(), signal.SIGKILL)
+        write(self, shard, rows)
+        if rank == 1:
+            open(killed, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
     writer.PseudoLabelWriter.write_shard = write_shard
 """
-# One rank labels longer than any collective may last.
+# One rank takes longer for a shard than any collective may last.
 SLOW = """
 from selftrain_d2.engine import process_group
 from selftrain_d2.labeling.inference import Teacher
 process_group.DEFAULT_TIMEOUT = datetime.timedelta(seconds=60)
-if rank == 3:
-    call = Teacher.__call__
-    def slowly(self, samples):
-        time.sleep(70)
-        return call(self, samples)
-    Teacher.__call__ = slowly
+call = Teacher.__call__
+def slowly(self, samples):
+    time.sleep(70 if rank == 3 else 3)
+    open(os.path.join(os.path.dirname(__file__), f"labeled_{rank}"), "w").close()
+    return call(self, samples)
+Teacher.__call__ = slowly
 """
 
 
@@ -37,7 +42,7 @@ if rank == 3:
 def loop(tmp_path):
     """``loop(images a step)``: the command line of a loop of two steps a stage."""
     labeled = make_coco_set(tmp_path / "labeled", 6, seed=1)
-    unlabeled = make_coco_set(tmp_path / "unlabeled", 13, seed=2)
+    unlabeled = make_coco_set(tmp_path / "unlabeled", 36, seed=2)
     validation = make_coco_set(tmp_path / "validation", 3, seed=3)
 
     def build(images):
@@ -66,7 +71,7 @@ def _check(folder, processes, monkeypatch):
         ]
         assert max(row["iteration"] for row in rows) in (1, 2)
 
-    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 2)
+    monkeypatch.setattr(pseudo_label_writer, "SHARD_SIZE", 8)
     torch.set_num_threads(1)  # rounding depends on it
     teacher = folder / "output" / "teacher"
     assert main([
@@ -77,7 +82,7 @@ def _check(folder, processes, monkeypatch):
         verify_pseudo_labels(labels) for labels in (folder / "output" / "pseudo_labels", folder / "alone")
     ]
     assert (
-        manifests[0]["shards"] == manifests[1]["shards"] and len(manifests[0]["shards"]) == 7
+        manifests[0]["shards"] == manifests[1]["shards"] and len(manifests[0]["shards"]) == 5
     )  # SHA-256 each
     assert manifests[0]["boxes"] == manifests[1]["boxes"] > 0
     assert {p.name for p in (folder / "output" / "pseudo_labels" / "shards").iterdir()} == {
@@ -96,7 +101,7 @@ def test_a_loop_on_two_machines(loop, tmp_path, monkeypatch):
 def test_a_loop_of_which_one_process_is_killed_in_labeling(loop, tmp_path, monkeypatch):
     with Machines(tmp_path, loop(4), change=KILLED, restarts=1) as machines:
         assert machines.wait() == [0, 0], machines.output()
-    assert "teacher is finished already" in machines.output()
+    assert (tmp_path / "killed").exists() and "teacher is finished already" in machines.output()
     _check(tmp_path, 4, monkeypatch)
 
 
@@ -105,3 +110,4 @@ def test_a_loop_with_a_slow_process_and_a_short_time_limit(loop, tmp_path, monke
     with Machines(tmp_path, loop(4), change=SLOW) as machines:
         assert machines.wait() == [0, 0], machines.output()
     _check(tmp_path, 4, monkeypatch)
+    assert (tmp_path / "labeled_3").exists()

@@ -69,15 +69,10 @@ def _content(folder):
 
 
 def _die(number):
-    """This process is killed, or hangs, when it has labeled a shard and before the shard is written.
-
-    Not before all others have begun: one that the store is to tell that the folder is open would end as well.
-    """
+    """This process is killed, or hangs, when it has labeled a shard and before the shard is written."""
 
     def write_shard(self, shard, rows):
         list(rows)
-        while len(list(self.folder.parent.glob("begun_*"))) < PROCESSES:
-            time.sleep(0.02)
         os.kill(os.getpid(), number)
 
     PseudoLabelWriter.write_shard = write_shard
@@ -103,7 +98,10 @@ def _run(rank, port, behaviour, cfg, tmp_path):
     check_shards = generate._check_shards
 
     def begin(*arguments):
+        """All at once, so that each gets a shard."""
         (tmp_path / f"begun_{rank}").touch()
+        while len(list(tmp_path.glob("begun_*"))) < PROCESSES:
+            time.sleep(0.02)
         check_shards(*arguments)
 
     generate._check_shards = begin
@@ -120,6 +118,8 @@ def label_together(cfg, tmp_path):
     context, processes = multiprocessing.get_context("fork"), []
 
     def run(behaviour):
+        for file in tmp_path.glob("begun_*"):
+            file.unlink()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
