@@ -7,7 +7,8 @@ from selftrain_d2.modeling.meta_arch.by_source import (
     SelfTrainingSemanticSegmentor,
 )
 from selftrain_d2.modeling.meta_arch.classification import ClassificationHead, add_classification_head
-from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource, SelfTrainingFCOS
+from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource
+from selftrain_d2.modeling.meta_arch.fcos import SelfTrainingFCOS
 from selftrain_d2.modeling.meta_arch.retinanet import SelfTrainingRetinaNet
 from selftrain_d2.modeling.meta_arch.segmentation import SelfTrainingSegmentor, SemSegPyramidSumHead
 
