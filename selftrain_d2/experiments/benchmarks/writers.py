@@ -80,7 +80,7 @@ def _run_writers(writer: PseudoLabelWriter, processes: int) -> list[dict[str, An
     taken, results = context.Value("q", 0), context.SimpleQueue()
     total = len(writer.missing_shards())
     workers = [
-        context.Process(target=_work, args=(writer, taken, total, processes, results))
+        context.Process(target=_work, args=(writer, taken, total, processes, results), daemon=True)
         for _ in range(processes)
     ]
     for worker in workers:
