@@ -61,7 +61,7 @@ class Detector:
     ):
         """
         Args:
-            run: folder of a finished run (its averaged weights, if it has them), or a config with MODEL.WEIGHTS.
+            run: folder of a finished run (see run_config for which of its weights), or a config with MODEL.WEIGHTS.
             batch_size: images of one shape per forward pass.
             channel_order: of arrays: "RGB", or "BGR" as OpenCV reads them.
             class_names: by id, for weights that do not carry them.

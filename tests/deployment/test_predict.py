@@ -140,7 +140,7 @@ def test_paths_pictures_and_arrays_are_one(run, photos):
             detector(wrong)
 
 
-def test_the_average_goes_first_and_the_last_student_is_found(small_config, tmp_path):
+def test_the_last_student_is_found_with_the_weights_its_config_names(small_config, tmp_path):
     for number, place in enumerate(("student", "round_2/student", "round_10/student")):
         folder = tmp_path / place
         folder.parent.mkdir(exist_ok=True)
@@ -150,8 +150,11 @@ def test_the_average_goes_first_and_the_last_student_is_found(small_config, tmp_
         (folder / "model_final.pth").touch()
     cfg = run_config(tmp_path)
     assert pytest.approx(0.2) == cfg.MODEL.RETINANET.SCORE_THRESH_TEST
+    assert str(folder / "model_final.pth") == cfg.MODEL.WEIGHTS
     (folder / "weight_average").mkdir()
     (folder / "weight_average" / "model_final.pth").touch()
+    small_config.SELFTRAIN.WEIGHT_EMA_DECAY = 0.9
+    (folder / "config.yaml").write_text(small_config.dump())
     assert str(folder / "weight_average" / "model_final.pth") == run_config(tmp_path).MODEL.WEIGHTS
 
 
