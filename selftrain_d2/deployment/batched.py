@@ -60,6 +60,18 @@ def best_of_level(
     return boxes.reshape(deltas.shape), scores, index - place * classes
 
 
+def filled(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Detections (N, D, 4), (N, D), (N, D), best first, with filling of score 0 and class -1 behind them.
+
+    Filling takes the place of those of score 0, and of boxes without area: what lies outside of its image altogether,
+    which detectron2 drops in ``detector_postprocess``.
+    """
+    has_area = (boxes[:, :, 2:] > boxes[:, :, :2]).all(2)
+    scores, order = torch.where(has_area, scores, torch.zeros_like(scores)).sort(1, descending=True)
+    classes = torch.where(scores > 0, classes.gather(1, order), torch.full_like(order, -1))
+    return taken(boxes, order), scores, classes
+
+
 def suppressed(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
     """Scores (N, M), 0 where a box of the same image and class with a higher score overlaps.
 

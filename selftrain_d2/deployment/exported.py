@@ -12,7 +12,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
-from selftrain_d2.deployment.batched import at_most, best_of_level, clipped, suppressed, taken
+from selftrain_d2.deployment.batched import at_most, best_of_level, clipped, filled, suppressed, taken
 from selftrain_d2.deployment.image_function import ImageFunction
 from selftrain_d2.deployment.region_detection import RegionDetection
 from selftrain_d2.errors import InputError
@@ -100,5 +100,4 @@ class DenseDetection(ImageFunction):
         scores = suppressed(boxes, scores, classes, model.test_nms_thresh)
         best = at_most(scores.shape[1], model.max_detections_per_image)
         scores, index = scores.topk(best, dim=1)
-        classes = torch.where(scores > 0, classes.gather(1, index), torch.full_like(index, -1))
-        return clipped(taken(boxes, index), images), scores, classes
+        return filled(clipped(taken(boxes, index), images), scores, classes.gather(1, index))

@@ -22,6 +22,7 @@ from selftrain_d2.deployment.batched import (
     at_most,
     best_of_level,
     clipped,
+    filled,
     suppressed,
     suppressed_in_rows,
     taken,
@@ -76,12 +77,13 @@ class RegionDetection(ImageFunction):
         scores = kept.reshape(rows.shape).transpose(1, 2).flatten(1)  # (N, P * K)
         best = at_most(scores.shape[1], predictor.test_topk_per_image)
         scores, index = scores.topk(best, dim=1)
-        boxes = taken(boxes.flatten(1, 2), index)
-        found = scores > 0
-        classes = torch.where(found, index % predictor.num_classes, torch.full_like(index, -1))
+        boxes, scores, classes = filled(
+            taken(boxes.flatten(1, 2), index), scores, index % predictor.num_classes
+        )
         if not self.model.roi_heads.mask_on:
             return boxes, scores, classes
-        return boxes, scores, classes, self._masks(features, boxes, classes) * found[:, :, None, None]
+        masks = self._masks(features, boxes, classes)
+        return boxes, scores, classes, masks * (scores > 0)[:, :, None, None]
 
     def _proposals(self, features: dict[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
         """Proposals (N, P, 4), and which of them exist, (N, P); the others are filling."""

@@ -8,7 +8,7 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 
 from selftrain_d2.cli import main
 from selftrain_d2.deployment import export
-from selftrain_d2.deployment.batched import suppressed
+from selftrain_d2.deployment.batched import filled, suppressed
 from selftrain_d2.deployment.exported import exportable
 from selftrain_d2.errors import InputError
 
@@ -122,14 +122,13 @@ def outputs_of_both(model, image_format="RGB"):
             outputs = dict(zip(function.outputs, function(images, torch.tensor([0.0]))))
             inputs = [{"image": image} for image in as_read]
             if isinstance(model, GeneralizedRCNN):
-                expected = model.inference(inputs, do_postprocess=False)  # masks in their boxes
+                expected = model.inference(inputs, do_postprocess=False)  # masks in cells of their boxes
+                expected = [found[found.pred_boxes.nonempty()] for found in expected]
             else:
                 expected = [output["instances"] for output in model(inputs)]
         for i, instances in enumerate(expected):
             real = outputs["scores"][i] > 0
             assert (outputs["classes"][i][~real] == -1).all()
-            # detectron2 drops boxes that lie outside of the image altogether
-            real &= (outputs["boxes"][i, :, 2:] - outputs["boxes"][i, :, :2]).prod(1) > 0
             yield {name: values[i][real] for name, values in outputs.items()}, instances
 
 
@@ -152,11 +151,20 @@ def test_regions_are_those_of_inference(class_agnostic):
         MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
         MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=class_agnostic,
         MODEL__ROI_MASK_HEAD__CLS_AGNOSTIC_MASK=class_agnostic,
+        MODEL__ROI_HEADS__IN_FEATURES=["p3"] if class_agnostic else ["p2", "p3", "p4", "p5"],
     )
     for outputs, instances in outputs_of_both(varied(cfg), "BGR"):
         assert len(instances) == cfg.TEST.DETECTIONS_PER_IMAGE
         assert_same(outputs, instances)
         np.testing.assert_allclose(outputs["masks"], instances.pred_masks[:, 0], atol=1e-5)
+
+
+def test_boxes_outside_of_the_image_become_filling():
+    boxes = torch.tensor([[[0.0, 5, 0, 9], [1, 1, 3, 3], [2, 2, 4, 4], [5, 5, 6, 6]]])
+    found = filled(boxes, torch.tensor([[0.9, 0.8, 0.7, 0.0]]), torch.tensor([[0, 1, 2, 3]]))
+    assert torch.equal(found[0][0, :2], boxes[0, 1:3])
+    assert found[1].tolist() == [[pytest.approx(0.8), pytest.approx(0.7), 0, 0]]
+    assert found[2].tolist() == [[1, 2, -1, -1]]
 
 
 def test_suppression_keeps_images_and_classes_apart():
