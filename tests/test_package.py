@@ -10,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 import selftrain_d2
 from selftrain_d2.cli.common import find_config, shipped_configs
+from selftrain_d2.experiments import cost
 
 PACKAGE = Path(selftrain_d2.__file__).parent
 
@@ -197,12 +198,7 @@ def test_an_installed_package_has_its_configs(tmp_path):
     )
     file, *counts = result.stdout.split()
     assert file.startswith(str(tmp_path))
-    families = ("coco/efficientnet_b7", "coco/resnet50", "coco/resnet101", "pascal_voc/efficientnet_b7")
-    paper = [
-        f
-        for family in (*families, "pascal_voc/efficientnet_l2")
-        for f in (root / "configs" / family).glob("*")
-    ]
+    paper = [f for family in cost.PAPER_FAMILIES for f in (root / "configs" / family).glob("*.yaml")]
     tables = list((root / "configs" / "grids").glob("coco_table_*.yaml"))
     resnets = list((root / "configs" / "coco" / "resnet50").glob("*.yaml"))
     assert list(map(int, counts)) == [len(paper), len(tables), len(resnets)] and min(map(int, counts)) > 0

@@ -14,7 +14,7 @@ from selftrain_d2 import InputError
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.mapper import image_to_tensor
 from selftrain_d2.labeling import segment
-from selftrain_d2.labeling.inference import ImageReader
+from selftrain_d2.labeling.inference import make_sample
 from selftrain_d2.labeling.segment import (
     SegmentationTeacher,
     label_pixels,
@@ -111,8 +111,7 @@ def _config(small_config, scales=(1.0,), flip=False):
 
 
 def _sample(cfg, image):
-    images = [ImageReader._resized(image, augmentation) for augmentation in view_augmentations(cfg)]
-    return {"file_name": "a", "height": image.shape[0], "width": image.shape[1], "images": images}
+    return make_sample("a", image, view_augmentations(cfg))
 
 
 @pytest.mark.parametrize("flip", [False, True])
