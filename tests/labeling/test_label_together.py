@@ -144,7 +144,7 @@ def label_together(cfg, tmp_path):
 def test_a_slow_one(cfg, tmp_path, label_together):
     _label(cfg, tmp_path, "alone")
     cfg.SELFTRAIN.TAKE_OVER_SECONDS = 60.0
-    assert label_together({2: (_be_slow, 1.0)}) == [0, 0, 0]
+    assert label_together({2: (_be_slow, 0.4)}) == [0, 0, 0]
     assert _content(tmp_path / "together") == _content(tmp_path / "alone")
 
 
