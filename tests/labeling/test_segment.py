@@ -52,7 +52,8 @@ def test_rows_are_those_of_the_whole(h, w, height, width, cut):
     bottom = max(bottom, top + 1)
     whole = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
     rows = resized_rows(image, (height, width), top, bottom)
-    torch.testing.assert_close(rows, whole[:, top:bottom], atol=1e-5, rtol=0)
+    # Float32 rounds a row's place by 1e-7 of the height, which weighs differences between rows of up to six.
+    torch.testing.assert_close(rows, whole[:, top:bottom], atol=5e-5, rtol=0)
 
 
 @settings(max_examples=50, deadline=None)
