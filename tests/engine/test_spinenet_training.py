@@ -1,6 +1,6 @@
 """A RetinaNet on SpineNet through the public commands: trained, resumed, in two processes, labeling, exported."""
 
-import math
+import json
 
 import pytest
 import torch
@@ -95,16 +95,25 @@ def test_trained_resumed_and_labeling(student, coco, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(student, tmp_path):
-    """With synchronized batch norm, each process with half of the images; nothing else is drawn at random."""
+    """With synchronized batch norm, each process with half of the images; nothing else is drawn at random.
+
+    The second step's losses show the first one's update. Biases are not compared: they start at zero, and so deep a
+    network enlarges what rounding makes of a few images.
+    """
     options = ["MODEL.SPINENET.DROP_CONNECT_RATE", "0.0"]
     assert main(student(tmp_path / "one", *options)) == 0
     assert main(student(tmp_path / "two", *options, arguments=["--num-gpus", "2"])) == 0
+    losses = []
+    for run in ("one", "two"):
+        last = (tmp_path / run / "metrics.json").read_text().splitlines()[-1]
+        losses.append({name: value for name, value in json.loads(last).items() if "loss" in name})
+    assert losses[0].keys() == losses[1].keys() and len(losses[0]) > 6
+    assert losses[0] == pytest.approx(losses[1], rel=3e-3)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, value in one.items():
-        if "running_var" not in name:  # detectron2's synchronized one divides by n, PyTorch's by n - 1
-            assert math.isfinite(value.float().norm())
-            deviation = (two[name] - value).float().norm() / value.float().norm().clamp(min=1e-3)
-            assert deviation < 0.02, name
+    kernels = [name for name, value in one.items() if value.dim() == 4]
+    assert len(kernels) > 100
+    for name in kernels:
+        assert (two[name] - one[name]).norm() / one[name].norm() < 0.01, name
 
 
 @pytest.mark.slow
@@ -112,6 +121,10 @@ def test_two_processes_train_as_one(student, tmp_path):
 def test_exported(weight_format, student, tmp_path, capsys):
     """The command checks the file against the model at sizes other than the traced one."""
     assert main(student(tmp_path / "run")) == 0
+    checkpoint = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    # scores of a new detector are equal but for rounding
+    torch.nn.init.normal_(checkpoint["model"]["head.cls_score.weight"], std=0.3)
+    torch.save(checkpoint, tmp_path / "run" / "model_final.pth")
     file = tmp_path / "model"
     assert (
         main(["export-model", str(tmp_path / "run"), "--format", weight_format, "--output", str(file)]) == 0

@@ -95,7 +95,13 @@ def counts(cfg, size):
     return whole, counter.get_total_flops() / 2e9, alone - endpoints
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("spinenet-49s", "spinenet-190") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SIZES
+    ],
+)
 def test_parameters_and_operations_are_the_published_ones(name):
     size, channels, head, convs, *expected = PUBLISHED_SIZES[name]
     cfg = make_config("MODEL.SPINENET.NAME", name, "MODEL.RETINANET.NUM_CONVS", str(convs))
@@ -110,6 +116,7 @@ def test_the_released_49s_is_smaller_than_the_published_one():
     assert (parameters, operations) == pytest.approx((11.27, 30.8), rel=0.005)
 
 
+@pytest.mark.slow
 def test_fvcore_counts_the_same_operations():
     """On the CPU, at 128 pixels, on weights that nobody filled."""
     cfg = make_config("MODEL.DEVICE", "meta", "MODEL.RETINANET.CONV_DIM", "128")
@@ -323,7 +330,7 @@ def test_norm_kinds_and_constants():
     kinds = {"BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d, "FrozenBN": FrozenBatchNorm2d}
     for kind, layer in kinds.items():
         with torch.device("meta"):
-            model = make(kind=kind)
+            model = make(kind=kind, out_features=["p3"])
         assert all(isinstance(m.norm, layer) for m in model.modules() if isinstance(m, Conv2d))
     keys = [
         "MODEL.SPINENET.NORM",
@@ -422,6 +429,7 @@ def test_bfloat16_and_results_without_gradients(activation):
         torch.testing.assert_close(image, copy)
 
 
+@pytest.mark.slow
 def test_a_trace_works_at_other_sizes():
     model = randomize_norms(make()).eval()
     with torch.no_grad():
@@ -459,13 +467,11 @@ def test_heads_take_their_width_and_activation_from_the_config():
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         head = build_model(cfg).head
-        default = build_model(make_config("MODEL.DEVICE", "meta")).head
     convs = [m for m in head.cls_subnet if isinstance(m, nn.Conv2d)]
     assert [(c.in_channels, c.out_channels) for c in convs] == [(256, 96), *[(96, 96)] * 3]
     assert head.cls_score.in_channels == head.bbox_pred.in_channels == 96
     assert not [m for m in head.modules() if isinstance(m, nn.ReLU)]
-    assert len([m for m in default.modules() if isinstance(m, nn.ReLU)]) == 8
-    assert default.cls_score.in_channels == 256
+    assert len([m for m in head.modules() if type(m).__name__ == "Swish"]) == 8
     swish = next(m for m in head.cls_subnet if type(m).__name__ == "Swish")
     x = torch.linspace(-3, 3, 7)
     torch.testing.assert_close(swish(x), x * x.sigmoid())
