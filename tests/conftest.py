@@ -177,6 +177,33 @@ def small_rcnn_config(architecture, **options):
     return cfg
 
 
+def small_pyramid_config(pyramid, bottom_up="build_efficientnet_backbone"):
+    """A pyramid of two cells and 16 channels, MODEL.``pyramid``, on a small backbone, on the CPU."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = f"build_{pyramid.lower()}_backbone", 0
+    cfg.MODEL[pyramid].BOTTOM_UP, cfg.MODEL[pyramid].REPEATS = bottom_up, 2
+    cfg.MODEL.EFFICIENTNET.NAME, cfg.MODEL.EFFICIENTNET.DROP_CONNECT_RATE = "efficientnet-b0", 0.0
+    cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.RESNETS.NORM = ["res3", "res4", "res5"], "BN"
+    cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS = ["res3", "res4", "res5"], 16
+    cfg.MODEL.FPN.NORM = "BN"
+    return cfg
+
+
+def randomize_norms(model, spread=0.5):
+    """The model with batch norms of random values: at identity they would hide a wrong place, eps or order."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 1 - spread, 1 + spread)
+            torch.nn.init.normal_(module.bias, std=spread / 5)
+            torch.nn.init.normal_(module.running_mean, std=spread / 5)
+            torch.nn.init.uniform_(module.running_var, 1 - spread, 1 + spread)
+    return model
+
+
 @contextlib.contextmanager
 def process_as_it_was():
     """Datasets, policies, loggers, threads, environment are after it as they were before; random states start anew.

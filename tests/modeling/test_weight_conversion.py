@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import randomize_norms
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from safetensors.torch import save_file
-from torch import nn
 
 from selftrain_d2.cli import main
 from selftrain_d2.errors import InputError
@@ -17,16 +17,6 @@ from selftrain_d2.modeling.checkpoint import load_weights
 from selftrain_d2.modeling.weight_conversion import INPUT_STATISTICS, convert_weights, timm_names
 
 FEATURES = ["res2", "res3", "res4", "res5"]
-
-
-def randomize_norms(model, spread=0.5):
-    """Norms at identity would hide a wrong place, eps or order."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 1 - spread, 1 + spread)
-            nn.init.normal_(module.bias, std=spread / 5)
-            nn.init.normal_(module.running_mean, std=spread / 5)
-            nn.init.uniform_(module.running_var, 1 - spread, 1 + spread)
 
 
 def deviation(a, b):

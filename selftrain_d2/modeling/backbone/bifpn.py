@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.backbone.bottom_up import pyramid_input_strides
 from selftrain_d2.modeling.backbone.fpn import coarsest_level
 from selftrain_d2.modeling.backbone.inverted_bottleneck import silu
 from selftrain_d2.modeling.backbone.nas_fpn import resample
 from selftrain_d2.modeling.backbone.norm import configured_norm
+from selftrain_d2.modeling.backbone.pyramid import Pyramid, build_bottom_up_of, pyramid_input_strides
 
 #: MODEL.BIFPN.ATTENTION: each input of a node has a learned weight of at least 0, divided by their sum; or none has.
 ATTENTIONS = ("fast", "sum")
@@ -146,7 +146,7 @@ class BiFPNCell(nn.Module):
         return nodes[-len(levels) :]
 
 
-class BiFPN(Backbone):
+class BiFPN(Pyramid):
     """BiFPN on the last features of a backbone: p3 to p7 where these are res3 to res5, p3 to p8 in EfficientDet-D7x.
 
     The first coarser level is a 1x1 convolution with norm and a max-pool of the last feature, the others are max-pools.
@@ -180,7 +180,6 @@ class BiFPN(Backbone):
             InputError: features that the backbone does not have or of other strides, fewer than two levels, an unknown
                 attention, or no cell.
         """
-        super().__init__()
         shapes = bottom_up.output_shape()
         strides = pyramid_input_strides(shapes, in_features, "BiFPN")
         while strides[-1] < 2**coarsest:
@@ -196,8 +195,7 @@ class BiFPN(Backbone):
         if repeats < 1:
             raise InputError(f"MODEL.BIFPN.REPEATS is {repeats}: there must be at least one cell.")
 
-        self.bottom_up = bottom_up
-        self.in_features = list(in_features)
+        super().__init__(bottom_up, in_features, strides, out_channels)
         channels = [shapes[name].channels for name in in_features]
         added = len(strides) - len(channels)
         self.coarser_lateral = (
@@ -210,20 +208,12 @@ class BiFPN(Backbone):
             BiFPNCell(given, out_channels, norm, attention)
             for given in (channels, *[[out_channels] * len(strides)] * (repeats - 1))
         )
-        self._out_features = [f"p{int(math.log2(stride))}" for stride in strides]
-        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
-        self._out_feature_strides = dict(zip(self._out_features, strides))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         keys = cfg.MODEL.BIFPN
-        if keys.BOTTOM_UP not in BACKBONE_REGISTRY:
-            raise InputError(
-                f"MODEL.BIFPN.BOTTOM_UP is {keys.BOTTOM_UP!r}, which is no registered backbone: use for example "
-                "build_efficientnet_backbone or build_resnet_backbone."
-            )
         return {
-            "bottom_up": BACKBONE_REGISTRY.get(keys.BOTTOM_UP)(cfg, input_shape),
+            "bottom_up": build_bottom_up_of("BIFPN", cfg, input_shape),
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "coarsest": coarsest_level(cfg),
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
@@ -252,10 +242,6 @@ class BiFPN(Backbone):
     @property
     def size_divisibility(self) -> int:
         return self._out_feature_strides[self._out_features[-1]]
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        return self.bottom_up.padding_constraints
 
 
 def conv(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.backbone.bottom_up import pyramid_input_strides
 from selftrain_d2.modeling.backbone.norm import configured_norm
+from selftrain_d2.modeling.backbone.pyramid import Pyramid, build_bottom_up_of, pyramid_input_strides
 
 
 def add(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -116,7 +115,7 @@ class NASFPNCell(nn.Module):
         return [nodes[i] for i in OUTPUTS]
 
 
-class NASFPN(Backbone):
+class NASFPN(Pyramid):
     """NAS-FPN on the last features of a backbone: five levels, p3 to p7 where the first has stride 8.
 
     A 1x1 convolution with norm brings each feature to the pyramid's channels, where it has others; missing coarser
@@ -154,7 +153,6 @@ class NASFPN(Backbone):
             InputError: features that the backbone does not have or of other strides, an unknown activation, or no
                 cell.
         """
-        super().__init__()
         shapes = bottom_up.output_shape()
         finest = pyramid_input_strides(shapes, in_features, "NAS-FPN", LEVELS)[0]
         strides = [finest * 2**level for level in range(LEVELS)]
@@ -165,8 +163,7 @@ class NASFPN(Backbone):
         if repeats < 1:
             raise InputError(f"MODEL.NAS_FPN.REPEATS is {repeats}: there must be at least one cell.")
 
-        self.bottom_up = bottom_up
-        self.in_features = list(in_features)
+        super().__init__(bottom_up, in_features, strides, out_channels)
         self.lateral_convs = nn.ModuleList(
             nn.Identity()
             if shapes[name].channels == out_channels
@@ -177,20 +174,12 @@ class NASFPN(Backbone):
             NASFPNCell(out_channels, norm=norm, separable=separable, activation=ACTIVATIONS[activation])
             for _ in range(repeats)
         )
-        self._out_features = [f"p{int(math.log2(stride))}" for stride in strides]
-        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
-        self._out_feature_strides = dict(zip(self._out_features, strides))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         keys = cfg.MODEL.NAS_FPN
-        if keys.BOTTOM_UP not in BACKBONE_REGISTRY:
-            raise InputError(
-                f"MODEL.NAS_FPN.BOTTOM_UP is {keys.BOTTOM_UP!r}, which is no registered backbone: use for example "
-                "build_efficientnet_backbone or build_resnet_backbone."
-            )
         return {
-            "bottom_up": BACKBONE_REGISTRY.get(keys.BOTTOM_UP)(cfg, input_shape),
+            "bottom_up": build_bottom_up_of("NAS_FPN", cfg, input_shape),
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "repeats": keys.REPEATS,
@@ -218,10 +207,6 @@ class NASFPN(Backbone):
     @property
     def size_divisibility(self) -> int:
         return self.bottom_up.size_divisibility
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        return self.bottom_up.padding_constraints
 
 
 def _conv3x3(channels: int, norm: str | Callable[[int], nn.Module], separable: bool) -> nn.Module:

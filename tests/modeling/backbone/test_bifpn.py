@@ -3,34 +3,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import small_rcnn_config
-from detectron2.config import get_cfg
+from conftest import small_pyramid_config, small_rcnn_config
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone import BiFPN, fuse_batch_norms
 from selftrain_d2.modeling.backbone.bifpn import BiFPNCell, Node, cell_nodes, downsample
 
 
 def make_config(bottom_up="build_efficientnet_backbone"):
-    cfg = get_cfg()
-    add_selftrain_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
+    cfg = small_pyramid_config("BIFPN", bottom_up)
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     cfg.MODEL.RETINANET.NUM_CLASSES = 2
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_bifpn_backbone", 0
-    cfg.MODEL.BIFPN.BOTTOM_UP, cfg.MODEL.BIFPN.REPEATS = bottom_up, 2
-    cfg.MODEL.EFFICIENTNET.NAME, cfg.MODEL.EFFICIENTNET.DROP_CONNECT_RATE = "efficientnet-b0", 0.0
-    cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
-    cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.RESNETS.NORM = ["res3", "res4", "res5"], "BN"
-    cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS = ["res3", "res4", "res5"], 16
-    cfg.MODEL.FPN.NORM = "BN"
     return cfg
 
 

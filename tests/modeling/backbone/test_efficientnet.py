@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import randomize_norms
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
 from efficientnet_pytorch import EfficientNet as ReferenceEfficientNet
@@ -36,16 +37,6 @@ ARCHITECTURES = {
 def make(name="efficientnet-b0", out_features=FEATURES, kind="BN", **kwargs):
     norm = batch_norm_builder(kind, device="cpu", eps=1e-3, momentum=0.01)
     return EfficientNet(name=name, out_features=out_features, norm=norm, **kwargs)
-
-
-def randomize_norms(model):
-    """Norms at identity would hide a wrong place, eps or order."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 def deviation(a, b):

@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
+from conftest import small_pyramid_config
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone import NASFPN, fuse_batch_norms
 from selftrain_d2.modeling.backbone.nas_fpn import CELL, LEVELS, NODE_LEVELS, NASFPNCell, attention, resample
@@ -26,18 +25,7 @@ PUBLISHED = [
 
 
 def make_config(bottom_up="build_efficientnet_backbone"):
-    cfg = get_cfg()
-    add_selftrain_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_nas_fpn_backbone", 0
-    cfg.MODEL.NAS_FPN.BOTTOM_UP, cfg.MODEL.NAS_FPN.REPEATS = bottom_up, 2
-    cfg.MODEL.EFFICIENTNET.NAME, cfg.MODEL.EFFICIENTNET.DROP_CONNECT_RATE = "efficientnet-b0", 0.0
-    cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
-    cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.RESNETS.NORM = ["res3", "res4", "res5"], "BN"
-    cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS = ["res3", "res4", "res5"], 16
-    cfg.MODEL.FPN.NORM = "BN"
-    return cfg
+    return small_pyramid_config("NAS_FPN", bottom_up)
 
 
 class Pyramid(Backbone):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from conftest import randomize_norms
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
@@ -63,17 +64,6 @@ def make_config(*options):
     ]
     cfg.merge_from_list(list(options))
     return cfg
-
-
-def randomize_norms(model):
-    """Norms at identity would hide a wrong place or order."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
 
 
 # ---- The published figures --------------------------------------------------------------------------
