@@ -149,7 +149,7 @@ def generate_pseudo_labels(
         if not leads and not _is_left_to_finish(writer, cfg.SELFTRAIN.TAKE_OVER_SECONDS):
             return writer.manifest
         manifest = writer.finish(
-            teacher_weights=os.path.abspath(cfg.MODEL.WEIGHTS),
+            teacher_weights=absolute_root(cfg.MODEL.WEIGHTS),
             views=number_of_views(cfg),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             seconds_of_last_run=round(time.perf_counter() - start, 1),

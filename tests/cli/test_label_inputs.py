@@ -134,6 +134,7 @@ def test_the_commands_take_object_storage(inputs, tmp_path, monkeypatch):
     assert _annotations(tmp_path) == expected
     manifest = read_manifest(tmp_path / "labels")
     assert manifest["image_root"] == "tar://memory://store" and not manifest["skipped"]
+    assert manifest["teacher_weights"] == weights
     command = [
         "train", "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml",
         "--human-labels", "human", "memory://store/labeled/labels.json", "memory://store/labeled/images",
