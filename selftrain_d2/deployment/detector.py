@@ -24,7 +24,7 @@ from selftrain_d2.labeling.generate import known_classes
 from selftrain_d2.labeling.inference import Sample, Teacher, label_in_order, make_sample, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
-from selftrain_d2.labeling.views import view_augmentations
+from selftrain_d2.labeling.views import see_once, view_augmentations
 from selftrain_d2.modeling.checkpoint import load_weights, require_complete, require_same_anchors
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class Detector:
 def _as_in_evaluation(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SELFTRAIN.TTA.SCALES, cfg.SELFTRAIN.TTA.FLIP = (1.0,), False
+    see_once(cfg)
     cfg.SELFTRAIN.LABEL_PRECISION = "float32"
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device: MODEL.DEVICE is cpu.")

@@ -47,7 +47,7 @@ from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.refine import refining_schedule
 from selftrain_d2.engine.replay import save_batch
 from selftrain_d2.engine.resume import RunState, optimizer_options, set_optimizer_options
-from selftrain_d2.engine.run_folder import MOVING_TEACHER, on_main_process
+from selftrain_d2.engine.run_folder import MOVING_TEACHER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.trackers import Tracker, build_trackers, check_trackers
@@ -64,6 +64,7 @@ from selftrain_d2.modeling.checkpoint import (
     require_same_model,
 )
 from selftrain_d2.modeling.meta_arch import add_classification_head
+from selftrain_d2.processes import on_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -75,7 +75,6 @@ def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
     two_stage = hasattr(detector, "roi_heads")
     keys = cfg.MODEL.ROI_HEADS if two_stage else cfg.MODEL.RETINANET
     sigma = 0.0 if two_stage else cfg.MODEL.RETINANET.SOFT_NMS_SIGMA
-
     iou_to_vote = cfg.SELFTRAIN.TTA.BOX_VOTING
 
     def merge(views: Sequence[Instances]) -> Instances:
