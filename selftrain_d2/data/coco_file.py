@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
@@ -199,6 +200,12 @@ def has_mask(annotation: Mapping[str, Any]) -> bool:
 def contiguous_ids(file: CocoFile) -> dict[int, int]:
     """Category id to place among the classes."""
     return {category: i for i, category in enumerate(sorted(c["id"] for c in file.content["categories"]))}
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed RLE of a mask (H, W), as JSON holds it."""
+    encoded = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
 def evaluation_truth(content: dict[str, Any]) -> COCO:

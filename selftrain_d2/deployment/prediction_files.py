@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 from detectron2.structures import Instances
 
+from selftrain_d2.data.coco_file import run_lengths
 from selftrain_d2.data.pseudo_labels.masks import PixelLabels, write_mask
 from selftrain_d2.files import whole_file, writing
 
@@ -103,7 +103,7 @@ class PredictionFiles:
             x, y, right, bottom = box
             entry = {"bbox": [x, y, right - x, bottom - y], "score": score}
             if masks is not None:
-                entry["segmentation"] = _run_lengths(masks[i].numpy())
+                entry["segmentation"] = run_lengths(masks[i].numpy())
             yield class_id, entry, [score, *box]
 
     def _pixels(self, file_name: str, labels: PixelLabels) -> Iterator[tuple[int, dict[str, Any], list]]:
@@ -111,9 +111,4 @@ class PredictionFiles:
         for class_id in np.unique(labels.classes).tolist():
             inside = labels.classes == class_id
             pixels = int(inside.sum())
-            yield class_id, {"segmentation": _run_lengths(inside)}, [pixels, pixels / inside.size]
-
-
-def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    lengths = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": lengths["size"], "counts": lengths["counts"].decode("ascii")}
+            yield class_id, {"segmentation": run_lengths(inside)}, [pixels, pixels / inside.size]

@@ -54,7 +54,7 @@ from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
-from selftrain_d2.labeling.views import number_of_views
+from selftrain_d2.labeling.views import views
 from selftrain_d2.modeling.checkpoint import file_sha256, require_same_backbone, run_weights
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ class _Loop:
         labeling.MODEL.WEIGHTS = weights
         check_labeling(labeling, self.score_floor, batch_size=1)
         kind = "stuff_classes" if is_segmentor(teacher) else "thing_classes"
-        labels = {kind: self.classes, "score_floor": self.score_floor, "views": number_of_views(self.cfg)}
+        labels = {kind: self.classes, "score_floor": self.score_floor, "views": len(views(self.cfg))}
         if self.cfg.SELFTRAIN.THRESHOLDS == "counts":
             check_counts(self.cfg, labels)
         else:

@@ -34,7 +34,7 @@ from selftrain_d2.labeling.claims import Claims
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
-from selftrain_d2.labeling.views import number_of_views, view_augmentations
+from selftrain_d2.labeling.views import view_augmentations, views
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
     file_sha256,
@@ -150,7 +150,7 @@ def generate_pseudo_labels(
             return writer.manifest
         manifest = writer.finish(
             teacher_weights=absolute_root(cfg.MODEL.WEIGHTS),
-            views=number_of_views(cfg),
+            views=len(views(cfg)),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             seconds_of_last_run=round(time.perf_counter() - start, 1),
             images_per_second_of_last_run=round(images / (time.perf_counter() - labeling_start), 2),

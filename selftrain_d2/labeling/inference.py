@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -17,6 +16,7 @@ from detectron2.structures import Instances
 from torch import nn
 from torch.utils.data import Dataset
 
+from selftrain_d2.data.coco_file import run_lengths
 from selftrain_d2.data.image_files import read_image
 from selftrain_d2.data.loader import use_one_thread
 from selftrain_d2.data.mapper import image_to_tensor
@@ -52,7 +52,7 @@ class Network:
         self.dtype = _PRECISIONS[cfg.SELFTRAIN.LABEL_PRECISION]
         self.model = model.eval()
         self.device = torch.device(cfg.MODEL.DEVICE)
-        self.views = views(len(cfg.SELFTRAIN.TTA.SCALES), cfg.SELFTRAIN.TTA.FLIP)
+        self.views = views(cfg)
 
     def outputs(
         self, samples: Sequence[Sample], scale: int, flipped: bool, *, at_file_size: bool
@@ -248,5 +248,4 @@ def _shapes(sample: Sample) -> tuple:
 def _run_lengths(masks: torch.Tensor) -> list[str]:
     """COCO's compressed RLE of masks (N, H, W)."""
     # One mask at a time: pycocotools wants Fortran order, and N of them at image size are large.
-    encoded = (mask_util.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in masks)
-    return [rle["counts"].decode("ascii") for rle in encoded]
+    return [run_lengths(mask.numpy())["counts"] for mask in masks]

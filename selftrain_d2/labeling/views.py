@@ -144,11 +144,7 @@ def localization_scores(boxes: Instances, seen: Sequence[Instances]) -> Tensor:
     return best.sort(dim=0).values[:-1].mean(dim=0)
 
 
-def number_of_views(cfg: CfgNode) -> int:
-    """How often SELFTRAIN.TTA shows an image to the teacher."""
-    return len(views(len(cfg.SELFTRAIN.TTA.SCALES), cfg.SELFTRAIN.TTA.FLIP))
-
-
-def views(number_of_scales: int, flip: bool) -> list[tuple[int, bool]]:
-    """All views of an image: the scale's number, and whether it is mirrored."""
-    return list(itertools.product(range(number_of_scales), (False, True) if flip else (False,)))
+def views(cfg: CfgNode) -> list[tuple[int, bool]]:
+    """All views of SELFTRAIN.TTA of an image: the scale's number, and whether it is mirrored."""
+    keys = cfg.SELFTRAIN.TTA
+    return list(itertools.product(range(len(keys.SCALES)), (False, True) if keys.FLIP else (False,)))

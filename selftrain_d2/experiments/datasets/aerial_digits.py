@@ -31,6 +31,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
+from selftrain_d2.data.coco_file import run_lengths
 from selftrain_d2.data.prepared_folder import find_manifest, prepare_folder, write_manifest
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.datasets import neon_trees
@@ -267,12 +268,9 @@ def _write_part(folder: Path, part: str, truth: str, sources: Sources, settings:
 
 def describe_mask(mask: np.ndarray) -> dict:
     """COCO's ``segmentation`` (compressed RLE), ``bbox``, ``area`` and ``iscrowd`` of a mask ``(H, W)`` bool."""
-    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    rle = run_lengths(mask)
     return {
-        "segmentation": {
-            "size": [int(side) for side in rle["size"]],
-            "counts": rle["counts"].decode("ascii"),
-        },
+        "segmentation": rle,
         "bbox": [float(value) for value in mask_util.toBbox(rle)],
         "area": int(mask_util.area(rle)),
         "iscrowd": 0,
