@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import transforms as T
 
-from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper, boxes_of, image_to_tensor
+from selftrain_d2.data.scaled_images import scale_augmentations, scaled_images
 
 # Of the dict of an image.
 _KEPT = ("file_name", "image_id", "height", "width")
@@ -20,7 +21,8 @@ class UnlabeledImageMapper(SelfTrainingDatasetMapper):
 
     Takes a dataset dict, whose annotations are not looked at, and returns ``file_name``, ``image_id``, ``height`` and
     ``width`` (pixels of the file), ``label_source`` "pseudo", ``image`` (C, H, W) uint8 as the student sees it,
-    ``plain_image`` (C, h, w) uint8 as a test image, and ``transforms``, what the former was augmented by.
+    ``images``, (C, h, w) uint8 as a test image at each of SELFTRAIN.TTA.SCALES, and ``transforms``, what the student's
+    was augmented by.
     :meth:`label` makes of that and of labels the sample that :class:`SelfTrainingDatasetMapper` makes of an image with
     these labels and the same random numbers.
 
@@ -28,19 +30,19 @@ class UnlabeledImageMapper(SelfTrainingDatasetMapper):
     """
 
     @configurable
-    def __init__(self, *args: Any, plain_augmentations: list[T.Augmentation], **kwargs: Any):
+    def __init__(self, *args: Any, scale_augmentations: Sequence[T.AugmentationList], **kwargs: Any):
         """
         Args:
             args, kwargs: of ``SelfTrainingDatasetMapper``.
-            plain_augmentations: of a test image.
+            scale_augmentations: of a test image, for each scale that the teacher sees it at.
         """
         super().__init__(*args, **kwargs)
-        self.plain_augmentations = T.AugmentationList(plain_augmentations)
+        self.scale_augmentations = scale_augmentations
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         arguments = super().from_config(cfg, is_train)
-        return {**arguments, "plain_augmentations": build_augmentations(cfg, is_train=False)}
+        return {**arguments, "scale_augmentations": scale_augmentations(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one dataset dict, which is not changed.
@@ -57,14 +59,15 @@ class UnlabeledImageMapper(SelfTrainingDatasetMapper):
             **sample,
             "label_source": "pseudo",
             "image": image_to_tensor(augmented.image),
-            "plain_image": self._plain(image),
+            "images": scaled_images(image, self.scale_augmentations),
             "transforms": transforms,
         }
 
     def plain(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """An image as a test image alone: ``height``, ``width`` and ``plain_image``."""
+        """An image as a test image alone: ``height``, ``width`` and ``images``."""
         image = self._read(dict(dataset_dict))
-        return {"height": image.shape[0], "width": image.shape[1], "plain_image": self._plain(image)}
+        images = scaled_images(image, self.scale_augmentations)
+        return {"height": image.shape[0], "width": image.shape[1], "images": images}
 
     def label(
         self,
@@ -82,7 +85,7 @@ class UnlabeledImageMapper(SelfTrainingDatasetMapper):
         """
         sample = dict(sample)
         transforms = sample.pop("transforms")
-        del sample["plain_image"]
+        del sample["images"]
         if isinstance(labels, np.ndarray):
             self._add_mask(sample, transforms.apply_segmentation(labels))
         else:
@@ -90,8 +93,3 @@ class UnlabeledImageMapper(SelfTrainingDatasetMapper):
             boxes = boxes_of([a for a in labels if not a.get("iscrowd", 0)], sample)
             self._add_objects(sample, labels, transforms.apply_box(boxes), transforms)
         return sample
-
-    def _plain(self, image: np.ndarray):
-        view = T.AugInput(image)
-        self.plain_augmentations(view)
-        return image_to_tensor(view.image)

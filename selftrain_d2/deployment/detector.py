@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from selftrain_d2.data.image_files import UNREADABLE, read_image
 from selftrain_d2.data.pseudo_labels.masks import PixelLabels
+from selftrain_d2.data.scaled_images import scale_augmentations
 from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.deployment.run import run_config
 from selftrain_d2.errors import InputError
@@ -24,7 +25,7 @@ from selftrain_d2.labeling.generate import known_classes
 from selftrain_d2.labeling.inference import Sample, Teacher, label_in_order, make_sample, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
-from selftrain_d2.labeling.views import see_once, view_augmentations
+from selftrain_d2.labeling.views import see_once
 from selftrain_d2.modeling.checkpoint import load_weights, require_complete, require_same_anchors
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Detector:
         self.tiles = tiles
         self.makes_masks = makes_masks(model)
         self._predict = SegmentationTeacher(cfg, model) if self.makes_masks else Teacher(cfg, model)
-        self._resizing = view_augmentations(cfg)
+        self._resizing = scale_augmentations(cfg)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
         """Detections of one image, or of each of a list.

@@ -27,6 +27,7 @@ from selftrain_d2.labeling.step_labels import (
     boxes_to_count,
     set_score_floor,
 )
+from selftrain_d2.labeling.views import views
 from selftrain_d2.modeling.classes import is_segmentor
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,12 @@ class MovingTeacher(WeightAverage):
     def before_train(self) -> None:
         super().before_train()
         self.teacher = StepTeacher(self.cfg, self.model)
+        seen = len(views(self.cfg))
+        if seen > 1 and comm.is_main_process():
+            logger.info(f"The teacher sees each image in {seen} views a step (SELFTRAIN.TTA).")
         if not self.teacher.masks and self.selection.floor is not None:
-            set_score_floor(self.model, self.selection.floor)
+            # With several views, boxes that are not trained on have a say in the place of those that are.
+            set_score_floor(self.model, self.selection.floor, only_lower=seen > 1)
         if self._state is not None:
             self._restore(self._state)
             self._state = None
@@ -86,7 +91,7 @@ class MovingTeacher(WeightAverage):
 
     def label(self, batch: list[dict]) -> list[dict]:
         """A batch whose pseudo-labeled images have labels, in the view of the student; others stay as they are."""
-        places = [i for i, sample in enumerate(batch) if "plain_image" in sample]
+        places = [i for i, sample in enumerate(batch) if "transforms" in sample]
         if not places:
             return batch
         samples = [batch[i] for i in places]

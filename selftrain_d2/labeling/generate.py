@@ -28,13 +28,14 @@ from selftrain_d2.data.image_sources import absolute_root, check_distinct
 from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
 from selftrain_d2.data.pseudo_labels.shards import BOXES
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
+from selftrain_d2.data.scaled_images import scale_augmentations
 from selftrain_d2.data.tiles import Tiles
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.claims import Claims
 from selftrain_d2.labeling.inference import Teacher, label_in_order, read_ahead
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.labeling.tiles import check_tiles, label_tiles_in_order, read_pictures
-from selftrain_d2.labeling.views import view_augmentations, views
+from selftrain_d2.labeling.views import views
 from selftrain_d2.modeling.checkpoint import (
     SafeDetectionCheckpointer,
     file_sha256,
@@ -230,7 +231,7 @@ def _label_shards(
         label = functools.partial(
             label_tiles_in_order,
             tiles=tiles,
-            augmentations=view_augmentations(cfg),
+            augmentations=scale_augmentations(cfg),
             progress=not progress.disable,
         )
     for sample in samples:

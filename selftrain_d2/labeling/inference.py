@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from selftrain_d2.data.coco_file import run_lengths
 from selftrain_d2.data.image_files import read_image
 from selftrain_d2.data.loader import use_one_thread
-from selftrain_d2.data.mapper import image_to_tensor
 from selftrain_d2.data.packed_loader import PackedLoader
 from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.scaled_images import scale_augmentations, scaled_images
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.views import build_merge, localization_scores, mirrored, view_augmentations, views
+from selftrain_d2.labeling.views import build_merge, localization_scores, mirrored, views
 from selftrain_d2.modeling.torch_flags import torch_flag
 
 #: Batches that may be under way at once, so that images of one shape find each other.
@@ -151,13 +151,9 @@ def make_sample(name: str, image: np.ndarray, augmentations: Sequence[T.Augmenta
     """The sample of an image (H, W, C) uint8 in the channel order of INPUT.FORMAT.
 
     Args:
-        augmentations: the resizing at each scale, as ``views.view_augmentations`` gives them.
+        augmentations: the resizing at each scale, as ``scale_augmentations`` gives them.
     """
-    images = []
-    for augmentation in augmentations:
-        view = T.AugInput(image)
-        augmentation(view)
-        images.append(image_to_tensor(view.image))
+    images = scaled_images(image, augmentations)
     return {"file_name": name, "height": image.shape[0], "width": image.shape[1], "images": images}
 
 
@@ -167,7 +163,7 @@ def read_ahead(cfg: CfgNode, image_root: str, file_names: Iterable[str], batch_s
     Neither the workers nor this hold more than a few batches of images.
     """
     loader = PackedLoader(
-        ImageReader(image_root, view_augmentations(cfg), cfg.INPUT.FORMAT),
+        ImageReader(image_root, scale_augmentations(cfg), cfg.INPUT.FORMAT),
         sampler=file_names,  # the names travel to the workers, which so need no list of them
         batch_size=batch_size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -22,12 +22,12 @@ from selftrain_d2.data.pseudo_labels.selection import (
     selection_from_config,
     thresholds_of_classes,
 )
-from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.shards import LOCALIZATION_SCORES, make_row
 from selftrain_d2.data.training_sets import count_human_boxes
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.inference import Teacher, box_row
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
-from selftrain_d2.labeling.views import see_once
+from selftrain_d2.labeling.views import views
 
 
 class StepSelection:
@@ -54,14 +54,10 @@ class StepSelection:
                 "SELFTRAIN.BOXES_PER_IMAGE chooses one threshold for all pseudo labels, which with SELFTRAIN.TEACHER "
                 "moving_average are made step by step: set it to 0, or SELFTRAIN.THRESHOLDS to counts."
             )
-        if keys.LOCALIZATION_THRESH:
-            raise InputError(
-                "SELFTRAIN.LOCALIZATION_THRESH compares several views of an image, of which a teacher that is a moving "
-                "average (SELFTRAIN.TEACHER moving_average) takes one: set it to 0, or TEACHER to labels."
-            )
         kind = "stuff_classes" if masks else "thing_classes"
-        known = {kind: list(class_names), "score_floor": 0.0}
+        known = {kind: list(class_names), "score_floor": 0.0, "views": len(views(cfg))}
         self.top_k = keys.TOP_K or None
+        self.localization_thresh = np.float32(keys.LOCALIZATION_THRESH)
         self.counts: RunningCounts | None = None
         self.ignored_from: np.ndarray | None = None
         if keys.THRESHOLDS == "counts":
@@ -95,7 +91,10 @@ class StepSelection:
         """Of each image, as ``load_pseudo_labels`` has them: those to ignore with ``iscrowd`` 1, last."""
         scores, category_ids = _joined(rows)
         counts = np.array([len(row["scores"]) for row in rows])
-        kept = select_boxes(scores, category_ids, counts, self.thresholds, self.top_k)
+        localized = None
+        if self.localization_thresh:
+            localized = _values(rows, LOCALIZATION_SCORES, np.float32) >= self.localization_thresh
+        kept = select_boxes(scores, category_ids, counts, self.thresholds, self.top_k, localized)
         ignored = np.zeros_like(kept)
         if self.ignored_from is not None:
             ignored = select_boxes(scores, category_ids, counts, self.ignored_from) & ~kept
@@ -120,11 +119,11 @@ def boxes_to_count(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarr
 
 def _joined(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Scores and classes (B,) of all boxes."""
-    empty = make_row("")
-    return tuple(
-        np.concatenate([np.asarray(row[key], kind) for row in (empty, *rows)])
-        for key, kind in (("scores", np.float32), ("category_ids", np.int32))
-    )
+    return _values(rows, "scores", np.float32), _values(rows, "category_ids", np.int32)
+
+
+def _values(rows: Sequence[dict[str, Any]], key: str, kind: type) -> np.ndarray:
+    return np.concatenate([np.asarray(row[key], kind) for row in (make_row(""), *rows)])
 
 
 def _annotation(row: dict[str, Any], box: int, *, masks: bool) -> dict[str, Any]:
@@ -144,14 +143,11 @@ class StepTeacher:
     """Labels plain images, those of one shape together.
 
     Args:
-        cfg: of the model. SELFTRAIN.LABEL_PRECISION is heeded, SELFTRAIN.TTA is not: each image is seen once.
+        cfg: of the model, with SELFTRAIN.LABEL_PRECISION and SELFTRAIN.TTA.
         model: is put into evaluation mode.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
-        cfg = cfg.clone()
-        cfg.defrost()
-        see_once(cfg)
         self.masks = makes_masks(model)
         self.teacher: Callable = SegmentationTeacher(cfg, model) if self.masks else Teacher(cfg, model)
 
@@ -159,34 +155,31 @@ class StepTeacher:
         """Rows of the store (see ``make_row``) of the images' boxes, or ``PixelLabels``; of the files, in their order.
 
         Args:
-            samples: with ``plain_image``, ``height`` and ``width``, as ``UnlabeledImageMapper`` has them.
+            samples: with ``images``, ``height`` and ``width``, as ``UnlabeledImageMapper`` has them.
             most: images a forward pass.
         """
         by_shape: dict[tuple, list[int]] = {}
         for i, sample in enumerate(samples):
-            by_shape.setdefault(tuple(sample["plain_image"].shape), []).append(i)
+            by_shape.setdefault(tuple(image.shape for image in sample["images"]), []).append(i)
         found: list[Any] = [None] * len(samples)
         for places in by_shape.values():
             for start in range(0, len(places), most):
                 part = places[start : start + most]
-                inputs = [
-                    {
-                        "file_name": "",
-                        "height": samples[i]["height"],
-                        "width": samples[i]["width"],
-                        "images": [samples[i]["plain_image"]],
-                    }
-                    for i in part
-                ]
+                inputs = [{**samples[i], "file_name": ""} for i in part]
                 for i, sample, labels in zip(part, inputs, self.teacher(inputs)):
                     found[i] = labels if self.masks else box_row(sample, labels)
         return found
 
 
-def set_score_floor(detector: nn.Module, floor: float) -> None:
-    """Let a detector of detectron2 find boxes of at least this score, whatever its config said."""
+def set_score_floor(detector: nn.Module, floor: float, *, only_lower: bool = False) -> None:
+    """Let a detector of detectron2 find boxes of at least this score, whatever its config said.
+
+    Args:
+        only_lower: not where it finds boxes of less.
+    """
     holder = getattr(detector, "roi_heads", detector)
     predictors = getattr(holder, "box_predictor", holder)
     for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
         if hasattr(predictor, "test_score_thresh"):
-            predictor.test_score_thresh = floor
+            before = predictor.test_score_thresh
+            predictor.test_score_thresh = min(floor, before) if only_lower else floor

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from selftrain_d2.data.augmentation import build_augmentations
-from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.soft_nms import soft_nms
 
 #: The detections of one image in several views, in pixels of the image as it is -> those to keep.
@@ -24,29 +20,6 @@ Merge = Callable[[Sequence[Instances]], Instances]
 def see_once(cfg: CfgNode) -> None:
     """Set SELFTRAIN.TTA of ``cfg`` so that a detector sees each image once, as in evaluation."""
     cfg.SELFTRAIN.TTA.SCALES, cfg.SELFTRAIN.TTA.FLIP, cfg.SELFTRAIN.TTA.BOX_VOTING = (1.0,), False, 0.0
-
-
-def view_augmentations(cfg: CfgNode) -> list[T.AugmentationList]:
-    """The resizing of a test image, for each of SELFTRAIN.TTA.SCALES.
-
-    Raises:
-        InputError: there is no scale, one is not positive, or two are equal.
-    """
-    scales = [float(scale) for scale in cfg.SELFTRAIN.TTA.SCALES]
-    positive = all(scale > 0 and math.isfinite(scale) for scale in scales)
-    if not scales or not positive or len(set(scales)) < len(scales):
-        raise InputError(
-            f"SELFTRAIN.TTA.SCALES is {tuple(scales)}: give positive numbers, each once; (1.0,) for none."
-        )
-    augmentations = []
-    for scale in scales:
-        scaled = cfg.clone()
-        scaled.defrost()
-        scaled.INPUT.AUGMENTATION.IMAGE_SIZE = max(round(scale * cfg.INPUT.AUGMENTATION.IMAGE_SIZE), 1)
-        for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):  # of a policy that resizes as detectron2 does
-            scaled.INPUT[key] = round(scale * cfg.INPUT[key])
-        augmentations.append(T.AugmentationList(build_augmentations(scaled, is_train=False)))
-    return augmentations
 
 
 def mirrored(instances: Instances) -> Instances:

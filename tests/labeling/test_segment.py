@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from selftrain_d2 import InputError
 from selftrain_d2.data.augmentation import build_augmentations
 from selftrain_d2.data.mapper import image_to_tensor
+from selftrain_d2.data.scaled_images import scale_augmentations
 from selftrain_d2.labeling import segment
 from selftrain_d2.labeling.inference import make_sample
 from selftrain_d2.labeling.segment import (
@@ -22,7 +23,6 @@ from selftrain_d2.labeling.segment import (
     mean_probabilities,
     resized_rows,
 )
-from selftrain_d2.labeling.views import view_augmentations
 
 SIDES = st.integers(1, 40)
 
@@ -112,7 +112,7 @@ def _config(small_config, scales=(1.0,), flip=False):
 
 
 def _sample(cfg, image):
-    return make_sample("a", image, view_augmentations(cfg))
+    return make_sample("a", image, scale_augmentations(cfg))
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -12,8 +12,9 @@ from detectron2.structures import Boxes, Instances
 from selftrain_d2 import InputError, generate_pseudo_labels, load_pseudo_labels
 from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
+from selftrain_d2.data.scaled_images import scale_augmentations
 from selftrain_d2.labeling.inference import Teacher, read_ahead
-from selftrain_d2.labeling.views import localization_scores, mirrored, view_augmentations, voted_boxes
+from selftrain_d2.labeling.views import localization_scores, mirrored, voted_boxes
 
 
 class PaintDetector(torch.nn.Module):
@@ -278,7 +279,7 @@ def test_empty_views(config, tmp_path):
 def test_impossible_scales(small_config, scales):
     small_config.SELFTRAIN.TTA.SCALES = scales
     with pytest.raises(InputError, match=r"SELFTRAIN\.TTA\.SCALES"):
-        view_augmentations(small_config)
+        scale_augmentations(small_config)
 
 
 def test_folders_labeled_with_and_without_do_not_mix(config, painted, tmp_path):

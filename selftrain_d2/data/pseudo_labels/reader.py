@@ -196,9 +196,10 @@ def _selected(
     table: pa.Table, thresholds: np.ndarray, top_k: int | None, localization_thresh: float | None = None
 ) -> np.ndarray:
     scores, category_ids = flat_values(table, "scores"), flat_values(table, "category_ids")
+    localized = None
     if localization_thresh is not None:
-        localized = localization_scores(table)
-        if np.isnan(localized).any():
+        localization = localization_scores(table)
+        if np.isnan(localization).any():
             raise InputError(WITHOUT_LOCALIZATION)
-        scores = np.where(localized >= np.float32(localization_thresh), scores, np.float32(-1))
-    return select_boxes(scores, category_ids, box_counts(table), thresholds, top_k)
+        localized = localization >= np.float32(localization_thresh)
+    return select_boxes(scores, category_ids, box_counts(table), thresholds, top_k, localized)

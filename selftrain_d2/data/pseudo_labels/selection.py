@@ -222,6 +222,7 @@ def select_boxes(
     counts: np.ndarray,
     thresholds: np.ndarray,
     top_k: int | None = None,
+    localized: np.ndarray | None = None,
 ) -> np.ndarray:
     """Boxes that reach the threshold of their class, and of these the best of each image.
 
@@ -229,11 +230,14 @@ def select_boxes(
         scores: (B,) float32. category_ids: (B,). counts: (N,) boxes of each image.
         thresholds: (C,) float32, as scores are stored: 0.7 must keep a score written as 0.7.
         top_k: of equal scores the first ones are taken. None: all.
+        localized: (B,) bool, boxes that reach a localization threshold; others are not selected. None: all.
 
     Returns:
         (B,) bool.
     """
     kept = scores >= thresholds[category_ids]
+    if localized is not None:
+        kept &= localized
     if top_k is None:
         return kept
     boxes = np.flatnonzero(kept)

@@ -152,7 +152,7 @@ def _unlabeled(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "width": width,
                 "label_source": "pseudo",
                 "image": sample["image"],
-                "plain_image": sample["image"],
+                "images": [sample["image"]],
                 "transforms": T.TransformList([T.NoOpTransform()]),
             }
         unlabeled.append(sample)
@@ -165,15 +165,15 @@ def _moving_teacher(cfg: CfgNode, model: nn.Module, batch: list[dict[str, Any]])
     cfg.MODEL.WEIGHTS = "random"
     cfg.DATASETS.TRAIN = ("benchmark",)
     MetadataCatalog.get("benchmark").thing_classes = [str(i) for i in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
-    cfg.SOLVER.PSEUDO_IMS_PER_BATCH = sum("plain_image" in sample for sample in batch)
+    cfg.SOLVER.PSEUDO_IMS_PER_BATCH = sum("transforms" in sample for sample in batch)
     cfg.SELFTRAIN.TEACHER_CHECK_PERIOD = 0
     mapper = UnlabeledImageMapper(
-        True, augmentations=[], plain_augmentations=[], image_format=cfg.INPUT.FORMAT
+        True, augmentations=[], scale_augmentations=[], image_format=cfg.INPUT.FORMAT
     )
     teacher = MovingTeacher(cfg, mapper, check=None)
     teacher.trainer = SimpleNamespace(model=model)
     teacher.before_train()
-    images = [sample for sample in batch if "plain_image" in sample]
+    images = [sample for sample in batch if "transforms" in sample]
     set_score_floor(teacher.model, 0.0)
     scores = np.concatenate([row["scores"] for row in teacher.teacher(images, len(images))])
     threshold = matching_threshold(scores, BOXES_PER_IMAGE * len(images))

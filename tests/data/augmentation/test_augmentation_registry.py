@@ -21,9 +21,9 @@ from selftrain_d2.data.augmentation import AUGMENTATION_REGISTRY, build_augmenta
 from selftrain_d2.data.augmentation.jitter import FitLongerSide, ScaleJitterCrop
 from selftrain_d2.data.augmentation.policies import AUTOAUGMENT_POLICIES, AutoAugment, RandAugment
 from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.data.scaled_images import scale_augmentations
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.generate import teacher_config_sha256
-from selftrain_d2.labeling.views import view_augmentations
 
 
 def make_config(**augmentation):
@@ -178,7 +178,7 @@ def test_a_policy_may_resize_test_images_by_detectron2s_keys(tmp_path):
         assert SelfTrainingDatasetMapper(cfg, False)(record)["image"].shape == (3, 45, 150)
         # test-time augmentation scales these as it scales IMAGE_SIZE
         cfg.SELFTRAIN.TTA.SCALES = (0.5, 2.0)
-        views = [view.get_transform for (view,) in (v.augs for v in view_augmentations(cfg))]
+        views = [view.get_transform for (view,) in (v.augs for v in scale_augmentations(cfg))]
         image = np.zeros((30, 100, 3), np.uint8)
         assert [v(image).apply_image(image).shape for v in views] == [(23, 75, 3), (90, 300, 3)]
         # and labels of another size are another teacher's
