@@ -211,6 +211,23 @@ def test_students_follow_their_teacher(name):
     assert changes(student, teacher) <= allowed
 
 
+def test_the_recipe_for_few_labels_is_that_of_one_gpu_alone():
+    recipe = "recipes/few_labels.yaml"
+    settings = changes(load(recipe), load())
+    assert settings == {
+        "SELFTRAIN.ALPHA",
+        *(f"SELFTRAIN.TTA.{key}" for key in ("FLIP", "SCALES", "BOX_VOTING")),
+    }
+    for name in COCO:
+        cfg, with_it = load(name), load(name, recipe)
+        if "one_gpu" not in name:
+            assert not {*settings} - {"SELFTRAIN.ALPHA"} - changes(with_it, cfg)
+        elif name in STUDENTS:  # of all of COCO's labels
+            assert changes(with_it, cfg) == {"SELFTRAIN.ALPHA"}
+        else:
+            assert not changes(with_it, cfg)
+
+
 def test_starting_points_change_nothing_but_the_start():
     assert len(STARTING_POINTS) == 6
     plain = load(B7 + "rand_S1.yaml")
