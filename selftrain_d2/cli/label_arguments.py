@@ -76,13 +76,13 @@ def labels_as_coco(
         raise InputError("--val-labels and --labeled-images go with --labels: name the labels.")
     found = read_labels(labels, images=args.labeled_images, classes=classes)
     paths = _written(found, labels, Path(folder, "train.json"), "--labeled-images")
-    classes = classes or (None if found.is_coco else found.file.class_names)
+    other = {"classes": classes, "other_classes": None if found.is_coco else found.file.class_names}
     if val_labels is not None:
-        validation = read_labels(val_labels, images=args.val_images, classes=classes, split="train")
+        validation = read_labels(val_labels, images=args.val_images, split="train", **other)
     elif use_split and found.has_validation:
         logger.info(f"Validation: the split val of {labels}.")
         val_labels = labels
-        validation = read_labels(labels, images=args.val_images, classes=classes, split="val")
+        validation = read_labels(labels, images=args.val_images, split="val", **other)
     else:
         return paths, None
     return paths, _written(validation, val_labels, Path(folder, "val.json"), "--val-images")

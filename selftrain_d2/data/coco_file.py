@@ -27,7 +27,7 @@ from pycocotools.coco import COCO
 from selftrain_d2.data.coco_repair import BROKEN, AnnotationRepair, shown
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json
-from selftrain_d2.storage import is_file, join, normalized
+from selftrain_d2.storage import is_file, is_folder, join, normalized
 
 # What must differ in all entries of a list, and its types.
 _UNIQUE = {
@@ -153,7 +153,12 @@ def check_coco(
 
 
 def read_coco_images(json_file: str | os.PathLike) -> list[dict[str, Any]]:
-    """The images of a COCO JSON, labeled or not; annotations and categories are not looked at, nor sizes.
+    """The images of a COCO JSON, labeled or not: see :func:`read_coco_listing`."""
+    return read_coco_listing(json_file)["images"]
+
+
+def read_coco_listing(json_file: str | os.PathLike) -> dict[str, Any]:
+    """A COCO JSON that lists images, labeled or not; annotations and categories are not looked at, nor sizes.
 
     Raises:
         InputError: not JSON, no images, or an image without a file name, or with that of another.
@@ -161,9 +166,8 @@ def read_coco_images(json_file: str | os.PathLike) -> list[dict[str, Any]]:
     path = os.fspath(json_file)
     coco = _load(path)
     _check_lists(path, coco, ("images",))
-    images = coco["images"]
-    _check_unique(path, "images", images, but=("id",))
-    return images
+    _check_unique(path, "images", coco["images"], but=("id",))
+    return coco
 
 
 def dataset_dicts(file: CocoFile, image_root: str | os.PathLike) -> list[dict[str, Any]]:
@@ -224,6 +228,11 @@ def evaluation_truth(content: dict[str, Any]) -> COCO:
 
 def _load(path: str) -> Any:
     if not is_file(path):
+        if is_folder(path):
+            raise InputError(
+                f"{path} is a folder, not COCO JSON: YOLO and PASCAL VOC are taken by --labels {path}, where the "
+                "command has it, and turned into COCO JSON by selftrain-d2 labels convert."
+            )
         raise InputError(f"COCO JSON {path} does not exist.")
     try:
         return read_json(path)

@@ -13,8 +13,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -167,7 +167,13 @@ def images_of_coco_json(json_file: str | os.PathLike, image_root: str | os.PathL
         InputError: the file or the root is missing, the file is not COCO's or names an image twice, or no image
             exists.
     """
-    images = read_coco_images(json_file)
+    return images_of_coco_entries(json_file, read_coco_images(json_file), image_root)
+
+
+def images_of_coco_entries(
+    json_file: str | os.PathLike, images: Sequence[Mapping[str, Any]], image_root: str | os.PathLike
+) -> ImageSource:
+    """:func:`images_of_coco_json` of the ``images`` of a file that was read already, in their order."""
     root = _existing_root(image_root)
     names = [_relative(image["file_name"], root) for image in images]
     check_distinct(names, f"COCO JSON {json_file}")

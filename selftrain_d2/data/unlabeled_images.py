@@ -46,13 +46,18 @@ class UnlabeledImages(NamedTuple):
     left_out: dict[str, int]
 
 
-def collect_images(places: Sequence[str], image_root: str | None = None) -> ImageSource:
+def collect_images(
+    places: Sequence[str],
+    image_root: str | None = None,
+    arguments: tuple[str, str] = ("--unlabeled-images", "--unlabeled-root"),
+) -> ImageSource:
     """The images of several places, each path once.
 
     Args:
         places: folders, image files, COCO files (``*.json``), tar archives (``*.tar``, also with ``{000..012}``, ``*``
             or ``?``), and lists (any other file; see :func:`images_of_list`).
         image_root: what paths in lists and COCO files are relative to; by default the folder of each file.
+        arguments: what places and root are called on the command line, for messages.
 
     Returns:
         Of one place what the function for it gives, of several one root that all share.
@@ -62,9 +67,9 @@ def collect_images(places: Sequence[str], image_root: str | None = None) -> Imag
     """
     by_kind: dict[Callable[..., ImageSource], list[str]] = {}
     for place in places:
-        by_kind.setdefault(_kind(place), []).append(place)
+        by_kind.setdefault(_kind(place, arguments[0]), []).append(place)
     if image_root is not None and by_kind.keys().isdisjoint(_WITH_ROOT):
-        raise InputError("--unlabeled-root goes with lists and COCO files alone: leave it out.")
+        raise InputError(f"{arguments[1]} goes with lists and COCO files alone: leave it out.")
     sources = []
     for kind, of_kind in by_kind.items():
         if kind in (images_of_archives, _images_of_files):
@@ -79,7 +84,7 @@ def collect_images(places: Sequence[str], image_root: str | None = None) -> Imag
 _WITH_ROOT = {images_of_list, images_of_coco_json}
 
 
-def _kind(place: str) -> Callable[..., ImageSource]:
+def _kind(place: str, argument: str) -> Callable[..., ImageSource]:
     # An object may be a file and a folder: it is a file first.
     if storage.is_folder(place) and not (storage.is_address(place) and storage.is_file(place)):
         return images_of_folder
@@ -89,7 +94,7 @@ def _kind(place: str) -> Callable[..., ImageSource]:
         return images_of_archives
     if not storage.is_file(place):
         raise InputError(
-            f"--unlabeled-images {place} does not exist: give folders, lists, COCO files or tar archives, and put "
+            f"{argument} {place} does not exist: give folders, lists, COCO files or tar archives, and put "
             "another --argument, or --, before KEY VALUE pairs."
         )
     if place.lower().endswith(".json"):

@@ -12,15 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from selftrain_d2 import storage
+from selftrain_d2.data.coco_file import read_coco_listing
 from selftrain_d2.data.image_files import read_image
-from selftrain_d2.data.image_sources import ImageSource, check_outside
+from selftrain_d2.data.image_sources import ImageSource, check_outside, images_of_coco_entries
 from selftrain_d2.data.unlabeled_images import collect_images
 from selftrain_d2.deployment.detector import Detector
 from selftrain_d2.deployment.pictures import drawn, write_picture
 from selftrain_d2.deployment.prediction_files import PredictionFiles
 from selftrain_d2.deployment.video import EXTENSIONS, Video, written_video
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,10 @@ def predict(
     for place in places:
         if os.path.isdir(place):
             check_outside(output, place)
-    source = collect_images(places, image_root)
-    ids = _coco_ids(places[0], source, detector.class_names) if _is_coco(places) else {}
+    if _is_coco(places):
+        source, ids = _coco_images(places[0], image_root, detector.class_names)
+    else:
+        source, ids = collect_images(places, image_root, ("--images", "--image-root")), {}
     skipped: dict[str, str] = {}
     with PredictionFiles(output, detector.class_names, pixels=detector.makes_masks, **ids) as files:
         found = detector.files(*source)
@@ -110,12 +113,15 @@ def _predict_video(
 
 
 def _is_coco(places: Sequence[str]) -> bool:
-    return len(places) == 1 and places[0].lower().endswith(".json")
+    return len(places) == 1 and places[0].lower().endswith(".json") and not storage.is_folder(places[0])
 
 
-def _coco_ids(json_file: str, source: ImageSource, class_names: Sequence[str]) -> dict[str, Any]:
-    """``image_ids`` and ``category_ids`` of a COCO file whose images are a source, in its order."""
-    content = read_json(json_file)
+def _coco_images(
+    json_file: str, image_root: str | None, class_names: Sequence[str]
+) -> tuple[ImageSource, dict[str, Any]]:
+    """The images of a COCO file, with its ``image_ids`` and ``category_ids``."""
+    content = read_coco_listing(json_file)
+    source = images_of_coco_entries(json_file, content["images"], image_root or storage.folder_of(json_file))
     image_ids = {name: image.get("id", name) for name, image in zip(source.file_names, content["images"])}
     known = {
         c["name"]: c["id"]
@@ -127,4 +133,4 @@ def _coco_ids(json_file: str, source: ImageSource, class_names: Sequence[str]) -
         logger.warning(
             f"{json_file} has no category {missing[0]!r}, which the model knows: category_id counts its classes from 1."
         )
-    return {"image_ids": image_ids, "category_ids": None if missing else known}
+    return source, {"image_ids": image_ids, "category_ids": None if missing else known}

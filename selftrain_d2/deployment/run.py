@@ -23,6 +23,9 @@ def run_config(folder: str | os.PathLike, allow_unsafe: bool = False) -> CfgNode
     """
     folder = _last_student(Path(folder))
     if not (folder / "config.yaml").is_file():
+        seeds = sorted(folder.glob("seed_*"))
+        if seeds:
+            raise InputError(f"{folder} holds runs of several seeds: name one of them, such as {seeds[0]}.")
         raise InputError(f"{folder} is no folder of a run: it has no config.yaml.")
     cfg = get_cfg()
     add_selftrain_config(cfg)

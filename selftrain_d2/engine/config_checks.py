@@ -105,8 +105,12 @@ _METRICS = {
 }
 
 
-def check_best_metric(cfg: CfgNode) -> None:
+def check_best_metric(cfg: CfgNode, own_evaluation: bool = False) -> None:
     """Check TEST.BEST_METRIC, and what depends on it, before there is an evaluation.
+
+    Args:
+        own_evaluation: by a project's own evaluator, whose metrics are known when it has evaluated: any name is taken
+            now, and compared with the results then (:class:`~selftrain_d2.engine.kept_checkpoints.BestCheckpoint`).
 
     Raises:
         InputError: it is no metric of what the model is evaluated on, there is nothing to evaluate on, or
@@ -124,6 +128,8 @@ def check_best_metric(cfg: CfgNode) -> None:
             f"TEST.BEST_METRIC {metric} needs images to evaluate on: give DATASETS.TEST (self-train: --val-images with "
             "their labels)."
         )
+    if own_evaluation:
+        return
     tasks = ["sem_seg"] if is_segmentor(cfg) else ["bbox"]
     tasks += ["segm"] * bool(cfg.MODEL.MASK_ON) + ["keypoints"] * bool(cfg.MODEL.KEYPOINT_ON)
     tasks += ["validation"] * bool(cfg.TEST.VALIDATION_LOSS)

@@ -100,7 +100,7 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_number_of_classes(cfg)
-        check_best_metric(cfg)
+        check_best_metric(cfg, own_evaluation=self._evaluates_otherwise())
         check_trackers(cfg)
         if cfg.DATASETS.TEST:  # a mistake is told now, not after training
             check_test_sets(cfg)
@@ -224,6 +224,14 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
         """detectron2's, and the trackers of SELFTRAIN.TRACKERS. Called in the main process alone."""
         self.trackers = build_trackers(self.cfg)
         return [*super().build_writers(), *self.trackers]
+
+    @classmethod
+    def _evaluates_otherwise(cls) -> bool:
+        """Whether a project's trainer has an evaluation of its own."""
+        return any(
+            getattr(getattr(cls, name), "__func__", None) is not getattr(SelfTrainingTrainer, name).__func__
+            for name in ("build_evaluator", "test")
+        )
 
     def _hook_in_place_of(self, hook: HookBase) -> HookBase:
         if isinstance(hook, hooks.EvalHook):

@@ -17,6 +17,7 @@ def read_labels(
     *,
     images: str | None = None,
     classes: Sequence[str] | None = None,
+    other_classes: Sequence[str] | None = None,
     split: str = "train",
     empty: bool = False,
 ) -> LabelSet:
@@ -27,6 +28,7 @@ def read_labels(
             ``labels``; a folder of ``.xml`` files or with ``Annotations``, or a list in its ``ImageSets/Main``.
         images: folder of the images; by default where the format has them.
         classes: names in the order of ids; needed by a folder of ``.txt`` files without ``classes.txt``.
+        other_classes: of other labels, whose order these take where they have no names, or no order, of their own.
         split: of a data.yaml, or of the lists in ImageSets.
         empty: whether images without a file of labels count as showing no object (a folder of predictions), not as
             unlabeled.
@@ -42,7 +44,7 @@ def read_labels(
     if place.suffix.lower() in (".yaml", ".yml"):
         return yolo.read_yaml(place, split, images, empty, classes)
     if place.is_file() and place.parts[-3:-1] == ("ImageSets", "Main"):
-        return voc.read(place.absolute(), split, images, classes, empty)
+        return voc.read(place.absolute(), split, images, classes or other_classes, empty)
     if place.is_dir():
         data = next((place / name for name in yolo.DATA_YAML if (place / name).is_file()), None)
         if data is not None:
@@ -51,9 +53,14 @@ def read_labels(
         if has_voc and (has_yolo and not (place / "Annotations").is_dir()):
             raise InputError(f"{path} has labels in .xml and in .txt files: name the folder of one of them.")
         if has_voc:
-            return voc.read(place, split, images, classes, empty)
+            return voc.read(place, split, images, classes or other_classes, empty)
         if has_yolo:
-            return yolo.read_folder(place, images, classes, empty)
+            return yolo.read_folder(place, images, classes, empty, other_classes)
+        parent = place.absolute().parent
+        if place.name in ("images", "JPEGImages") and (voc.is_labels(parent) or yolo.is_labels(parent)):
+            raise InputError(
+                f"{path} has no labels, but images alone; the labels are beside it: name {place.parent}."
+            )
     raise InputError(
         f"{path} has no labels of a known format: give a COCO .json, a YOLO data.yaml or folder of .txt files, or a "
         "folder of PASCAL VOC .xml files."

@@ -72,8 +72,17 @@ def read_yaml(
     return labels
 
 
-def read_folder(folder: Path, images: str | None, classes: Sequence[str] | None, empty: bool) -> LabelSet:
+def read_folder(
+    folder: Path,
+    images: str | None,
+    classes: Sequence[str] | None,
+    empty: bool,
+    other_classes: Sequence[str] | None = None,
+) -> LabelSet:
     """A folder of text files, or one with the folders images and labels.
+
+    Args:
+        other_classes: names of other labels, for a folder that has none.
 
     Raises:
         InputError: see :func:`read_yaml`; or the classes' names are missing.
@@ -81,12 +90,13 @@ def read_folder(folder: Path, images: str | None, classes: Sequence[str] | None,
     texts = folder / "labels" if (folder / "labels").is_dir() else folder
     if classes is None:
         file = next((p / CLASSES_TXT for p in (texts, folder) if (p / CLASSES_TXT).is_file()), None)
-        if file is None:
+        if file is None and other_classes is None:
             raise InputError(
                 f"{folder} has YOLO labels without names of classes: give --classes NAME ... in the order of the ids, "
                 f"or write them to {texts / CLASSES_TXT}, one a line."
             )
-        classes = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        lines = other_classes if file is None else read_text(file).splitlines()
+        classes = [line.strip() for line in lines if line.strip()]
     place = Path(images) if images else _images_beside(texts)
     return _read(str(folder), [(place, texts)], list(classes), empty)
 
