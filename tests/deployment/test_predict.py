@@ -81,6 +81,22 @@ def test_ap_of_the_file_is_the_evaluators(run, photos, tmp_path):
         assert 100 * judge.stats[place] == pytest.approx(expected[key], abs=1e-6)
 
 
+def test_a_coco_file_is_read_once(run, photos, tmp_path, monkeypatch):
+    """Ids and images are of one reading; a file of a million images takes a minute to read."""
+    reads, loads = [], json.loads
+
+    def counted(text, *args, **options):
+        content = loads(text, *args, **options)
+        if isinstance(content, dict) and "images" in content:
+            reads.append(len(content["images"]))
+        return content
+
+    monkeypatch.setattr(json, "loads", counted)
+    command = ["predict", run, "--images", photos.json_file, "--image-root", photos.images, *CLASSES]
+    assert main([*command, "--output", str(tmp_path / "out"), "--no-pictures"]) == 0
+    assert reads == [6]
+
+
 def test_files_without_ids(run, photos, tmp_path):
     output = tmp_path / "out"
     Path(photos.images, "broken.png").write_bytes(b"no image")
@@ -213,5 +229,9 @@ def test_mistakes(run, photos, tmp_path, capsys):
         capsys,
         "no config.yaml",
     )
+    lost = [*start, str(tmp_path / "lost")]
+    assert_refused(lost, capsys, f"--images {tmp_path / 'lost'} does not exist", output=output)
+    rooted = [*start, photos.images, "--image-root", str(tmp_path)]
+    assert_refused(rooted, capsys, "--image-root goes with lists", output=output)
     both = [*start, photos.images, "--config-file", "Base-RetinaNet-EfficientNet-FPN.yaml"]
     assert_refused(both, capsys, "either the folder of a run or --config-file", output=output)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from selftrain_d2 import InputError, SelfTrainingTrainer
@@ -54,6 +55,46 @@ def test_the_best_has_the_weights_that_were_evaluated_and_is_none_to_resume_from
         best["classes"] == {"thing_classes": ["red", "green"]} and "stage" in best and "trainer" not in best
     )
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
+
+
+class Counting(DatasetEvaluator):
+    """A project's own: results in a group and with a name that nobody else has."""
+
+    def __init__(self, shares):
+        self.shares = shares
+
+    def reset(self):
+        pass
+
+    def process(self, inputs, outputs):
+        pass
+
+    def evaluate(self):
+        return {"count": {"share right": self.shares.pop(0)}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "fragment"), [("count/share right", None), ("bbox/AP", "the evaluation has count/share right")]
+)
+def test_the_best_by_an_evaluator_of_a_project(student_config, tmp_path, metric, fragment):
+    cfg = student_config
+    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC = ("human",), 1, metric
+    cfg.SOLVER.MAX_ITER = 3
+    shares = [0.25, 0.75, 0.5]
+
+    class Trainer(SelfTrainingTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            return Counting(shares)
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    if fragment is None:
+        trainer.train()
+        assert best_of(tmp_path / "output") == {"metric": metric, "value": 0.75, "steps": 2}
+    else:
+        with pytest.raises(InputError, match=fragment):
+            trainer.train()
 
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(student_config):
