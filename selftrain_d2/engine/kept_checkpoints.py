@@ -59,8 +59,8 @@ class BestCheckpoint:
     ``BestCheckpointer`` forgets the value, and makes its file the one to resume from.)
 
     Args:
-        metric: a name as in ``metrics.json``: "bbox/AP", or "NAME/bbox/AP" with several names in DATASETS.TEST. The
-            higher the better; of the validation loss the lower.
+        metric: a name as in ``metrics.json``: "bbox/AP", or "NAME/bbox/AP" with several names in DATASETS.TEST; of a
+            project's own evaluator, any of its results. The higher the better; of the validation loss the lower.
         output: OUTPUT_DIR.
         facts: what checkpoints say of the run.
     """
