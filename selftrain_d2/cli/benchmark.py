@@ -25,6 +25,8 @@ TASKS = {
     "train": "selftrain_d2.experiments.benchmarks.train",
     "writers": "selftrain_d2.experiments.benchmarks.writers",
 }
+# Option -> the task whose run() takes it.
+OPTIONS = {"images": "writers", "processes": "writers", "models": "backbone"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,17 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=_positive, default=7, metavar="N", help="measurements of each contestant (default 7)"
     )
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these of --task backbone")
     parser.add_argument("--images", type=_positive, metavar="N", help="records of --task writers")
     parser.add_argument("--processes", type=_positive, metavar="N", help="those of --task writers")
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
 
 
 def run(args: argparse.Namespace) -> None:
-    sizes = {key: value for key in ("images", "processes") if (value := getattr(args, key)) is not None}
-    if sizes and args.task != "writers":
-        raise InputError("--images and --processes go with --task writers: leave them out.")
+    options = {key: value for key in OPTIONS if (value := getattr(args, key)) is not None}
+    for key in options:
+        if args.task != OPTIONS[key]:
+            raise InputError(f"--{key} goes with --task {OPTIONS[key]}: leave it out.")
     use_one_core()
-    results = importlib.import_module(TASKS[args.task]).run(args.rounds, **sizes)
+    results = importlib.import_module(TASKS[args.task]).run(args.rounds, **options)
     results["machine"] = machine()
     results["command"] = " ".join(["selftrain-d2 benchmark", *sys.argv[1:]])
     if args.output:

@@ -1,5 +1,6 @@
 """The frame of the benchmarks, and that its augmentation contestants do the same work."""
 
+import itertools
 import json
 import time
 
@@ -35,6 +36,12 @@ def test_contestants_take_turns():
     assert all(sorted(calls[i : i + 2]) == ["fast", "slow"] for i in range(2, 10, 2))
     assert [len(v) for v in speeds.values()] == [4, 4]
     assert max(speeds["slow"]) <= 10 / 0.02 and min(speeds["fast"]) > max(speeds["slow"])
+
+
+def test_clock_is_the_one_given():
+    ticks = itertools.count(step=2)
+    speeds = time_in_turns({"a": lambda: None}, items=10, rounds=3, clock=lambda: next(ticks))
+    assert speeds == {"a": [5.0, 5.0, 5.0]}
 
 
 def test_markdown_table():

@@ -58,4 +58,4 @@ def test_names_and_records():
 
 def test_sizes_belong_to_this_task(capsys):
     assert main(["benchmark", "--task", "store", "--images", "3"]) == 2
-    assert "--images and --processes go with --task writers" in capsys.readouterr().err
+    assert "--images goes with --task writers" in capsys.readouterr().err
