@@ -311,7 +311,8 @@ def test_the_model_zoo_page_is_up_to_date():
     with torch.device("meta"):
         models = {name: model_table.build_efficientnet(name) for name in model_table.BACKBONES}
         spinenets = {name: config for name, (config, *_) in model_table.SPINENETS.items()}
-        for name, config in {**model_table.DETECTORS, **spinenets}.items():
+        efficientdets = {name: config for name, (config, *_) in model_table.EFFICIENTDETS.items()}
+        for name, config in {**model_table.DETECTORS, **spinenets, **efficientdets}.items():
             cfg = load(config)
             cfg.MODEL.DEVICE = "meta"
             models[name] = build_model(cfg)

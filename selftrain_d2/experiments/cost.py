@@ -27,7 +27,9 @@ PASSES = 3
 #: An assumption, not a measurement: what one GPU sustains, in TFLOP/s.
 ASSUMED_TFLOPS = 30.0
 
-PAPER_FAMILIES = [family for family in model_table.FAMILIES if not family.endswith("one_gpu")]
+PAPER_FAMILIES = [
+    family for family in model_table.FAMILIES if not family.endswith(("one_gpu", "efficientdet"))
+]
 
 
 class Training(NamedTuple):

@@ -1,15 +1,16 @@
-"""The tables of docs/model_zoo.md, on standard output: ``python -m selftrain_d2.experiments.model_table``.
+"""The tables of docs/model_zoo.md, on standard output: ``python -m selftrain_d2.experiments.model_table [TABLE ...]``.
 
-Runs every backbone, every detector of configs/coco and every segmentation model of configs/pascal_voc once, on one
-image: minutes on a CPU, and some gigabytes of memory.
+Runs every backbone, every detector of configs/coco and configs/efficientdet and every segmentation model of
+configs/pascal_voc at least once, on one image: many minutes on a CPU, and some gigabytes of memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -46,6 +47,22 @@ SPINENETS = {
     "SpineNet-143": ("coco/spinenet/spinenet_143_S3.yaml", "67.0", "524.0", "97"),
     "SpineNet-190": ("coco/spinenet/spinenet_190_S3.yaml", "163.6", "1885.0", ""),
 }
+# EfficientDets: config; parameters (M), GFLOPs, AP on COCO val and on test-dev, and milliseconds of one image from the
+# file to its boxes on a V100 that [automl]'s README (github.com/google/automl, efficientdet) lists for it.
+EFFICIENTDETS = {
+    "EfficientDet-D0": ("efficientdet/d0.yaml", "3.9", "2.54", "10.2", "34.3", "34.6"),
+    "EfficientDet-D1": ("efficientdet/d1.yaml", "6.6", "6.10", "13.5", "40.2", "40.5"),
+    "EfficientDet-D2": ("efficientdet/d2.yaml", "8.1", "11.0", "17.7", "43.5", "43.9"),
+    "EfficientDet-D3": ("efficientdet/d3.yaml", "12.0", "24.9", "28.0", "46.8", "47.2"),
+    "EfficientDet-D4": ("efficientdet/d4.yaml", "20.7", "55.2", "42.8", "49.3", "49.7"),
+    "EfficientDet-D5": ("efficientdet/d5.yaml", "33.7", "130", "72.5", "51.2", "51.5"),
+    "EfficientDet-D6": ("efficientdet/d6.yaml", "51.9", "226", "92.8", "52.1", "52.6"),
+    "EfficientDet-D7": ("efficientdet/d7.yaml", "51.9", "325", "122", "53.4", "53.7"),
+    "EfficientDet-D7x": ("efficientdet/d7x.yaml", "77.0", "410", "153", "54.4", "55.1"),
+}
+NOT_TIMED = ("EfficientDet-D5", "EfficientDet-D6", "EfficientDet-D7", "EfficientDet-D7x")
+# Detectors of more operations are timed once.
+TIMED_THRICE_GFLOPS = 100.0
 # Segmentation models: config, and parameters (M) and GFLOPs that the paper and its code give for it.
 SEGMENTORS = {
     "EfficientNet-B0": ("pascal_voc/one_gpu/efficientnet_b0_S4.yaml", "", ""),
@@ -63,6 +80,7 @@ FAMILIES = {
     "coco/resnet101": "ResNet-101 (Table 12)",
     "coco/spinenet": "SpineNet (Table 5)",
     "coco/one_gpu": "One GPU (ours)",
+    "efficientdet": "EfficientDet",
     "pascal_voc/efficientnet_b7": "PASCAL VOC: EfficientNet-B7 (Tables 8, 11 and 14)",
     "pascal_voc/efficientnet_l2": "PASCAL VOC: EfficientNet-L2 (Table 6)",
     "pascal_voc/one_gpu": "PASCAL VOC: one GPU (ours)",
@@ -104,10 +122,26 @@ def millions_of_parameters(model: nn.Module) -> str:
 
 def gflops(model: nn.Module, size: int = SIZE) -> str:
     """Billions of operations on one image as fvcore counts them: a multiplication with its addition is one."""
+    return f"{_operations(model, size) / 1e9:.1f}"
+
+
+def gflops_of_large(model: nn.Module, size: int) -> str:
+    """As :func:`gflops`, from runs at 256 and 512 pixels: operations are a constant and a multiple of the area.
+
+    Args:
+        model: without layers of a fixed size, and with strides that divide 256.
+        size: a multiple of its coarsest stride, in pixels.
+    """
+    small, large = (_operations(model, side) for side in (256, 512))
+    by_area = (large - small) / (512**2 - 256**2)
+    return f"{(small + by_area * (size**2 - 256**2)) / 1e9:.1f}"
+
+
+def _operations(model: nn.Module, size: int) -> float:
     with torch.no_grad():
         analysis = FlopCountAnalysis(model.eval(), torch.zeros(1, 3, size, size))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        return f"{analysis.total() / 1e9:.1f}"
+        return analysis.total()
 
 
 def backbone_table() -> str:
@@ -137,19 +171,34 @@ def cpu_seconds(model: nn.Module, size: int, repetitions: int = 3) -> str:
     return f"{min(times):.2f}"
 
 
+def _row(name: str, config: str, published: Sequence[str], timed: bool = True) -> list[str]:
+    cfg = load_config(config)
+    model, size = DenseOutputs(build_model(cfg)), cfg.INPUT.AUGMENTATION.IMAGE_SIZE
+    operations = gflops_of_large(model, size)
+    repetitions = 3 if float(operations) < TIMED_THRICE_GFLOPS else 1
+    seconds = cpu_seconds(model, size, repetitions) if timed else ""
+    return [name, millions_of_parameters(model), operations, f"{size}", seconds, *published]
+
+
 def spinenet_table() -> str:
     """Each at its own size of images: parameters, operations and time, and what is published."""
-    rows = []
-    for name, (config, *published) in SPINENETS.items():
-        cfg = load_config(config)
-        model, size = DenseOutputs(build_model(cfg)), cfg.INPUT.AUGMENTATION.IMAGE_SIZE
-        measured = [millions_of_parameters(model), gflops(model, size), f"{size}", cpu_seconds(model, size)]
-        rows.append([name, *measured, *published])
+    rows = [_row(name, config, published) for name, (config, *published) in SPINENETS.items()]
     titles = ["parameters (M)", "GFLOPs", "at pixels", "CPU seconds"]
     return markdown_table(
         ["detector on", *titles, "published: parameters (M)", "GFLOPs", "V100, ms"],
         rows,
     )
+
+
+def efficientdet_table() -> str:
+    """As :func:`spinenet_table`; the published AP is the aim of these configs."""
+    rows = [
+        _row(name, config, published, name not in NOT_TIMED)
+        for name, (config, *published) in EFFICIENTDETS.items()
+    ]
+    titles = ["parameters (M)", "GFLOPs", "at pixels", "CPU seconds"]
+    published_titles = ["published: parameters (M)", "GFLOPs", "V100, ms", "AP val", "AP test-dev"]
+    return markdown_table(["detector", *titles, *published_titles], rows)
 
 
 def classifier_size(name: str, size: int) -> tuple[float, float]:
@@ -213,7 +262,27 @@ def results_table(family: str) -> str:
     )
 
 
+def results_tables() -> str:
+    """:func:`results_table` of every family, each with its title."""
+    return "\n\n".join(f"### {title}\n\n{results_table(family)}" for family, title in FAMILIES.items())
+
+
+TABLES = {
+    "results": results_tables,
+    "detectors": detector_table,
+    "spinenets": spinenet_table,
+    "efficientdets": efficientdet_table,
+    "segmentors": segmentation_table,
+    "backbones": backbone_table,
+}
+
 if __name__ == "__main__":
-    for family, title in FAMILIES.items():
-        print(f"### {title}\n\n{results_table(family)}\n")
-    print(detector_table(), spinenet_table(), segmentation_table(), backbone_table(), sep="\n\n")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; all of them"
+    )
+    names = parser.parse_args().tables or list(TABLES)
+    for name in names:
+        if name not in TABLES:
+            parser.error(f"no table {name}: {', '.join(TABLES)}")
+        print(TABLES[name](), end="\n\n", flush=True)
