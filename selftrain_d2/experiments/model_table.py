@@ -125,16 +125,17 @@ def gflops(model: nn.Module, size: int = SIZE) -> str:
     return f"{_operations(model, size) / 1e9:.1f}"
 
 
-def gflops_of_large(model: nn.Module, size: int) -> str:
-    """As :func:`gflops`, from runs at 256 and 512 pixels: operations are a constant and a multiple of the area.
+def gflops_of_large(model: DenseOutputs, size: int) -> str:
+    """As :func:`gflops`, from runs at two small sizes: operations are a constant and a multiple of the area.
 
     Args:
-        model: without layers of a fixed size, and with strides that divide 256.
+        model: of layers that take any size.
         size: a multiple of its coarsest stride, in pixels.
     """
-    small, large = (_operations(model, side) for side in (256, 512))
-    by_area = (large - small) / (512**2 - 256**2)
-    return f"{(small + by_area * (size**2 - 256**2)) / 1e9:.1f}"
+    stride = max(shape.stride for shape in model.model.backbone.output_shape().values())
+    small, large = _operations(model, stride), _operations(model, 2 * stride)
+    by_area = (large - small) / (3 * stride**2)
+    return f"{(small + by_area * (size**2 - stride**2)) / 1e9:.1f}"
 
 
 def _operations(model: nn.Module, size: int) -> float:
@@ -243,7 +244,7 @@ def results_table(family: str) -> str:
     """Every config of a folder with its schedule, the AP or mIOU that the paper has, and room for ours."""
     metric = "mIOU" if family.startswith("pascal_voc") else "AP"
     rows = []
-    for path in sorted((CONFIGS / family).glob("*.yaml")):
+    for path in sorted((CONFIGS / family).glob("[!B]*.yaml")):  # not Base-...
         cfg = load_config(f"{family}/{path.name}")
         human, pseudo = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.PSEUDO_IMS_PER_BATCH
         in_paper = re.search(rf"([\d.]+) {metric} (in the paper|published)", path.read_text(encoding="utf-8"))
