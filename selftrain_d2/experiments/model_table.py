@@ -80,7 +80,7 @@ FAMILIES = {
     "coco/resnet101": "ResNet-101 (Table 12)",
     "coco/spinenet": "SpineNet (Table 5)",
     "coco/one_gpu": "One GPU (ours)",
-    "efficientdet": "EfficientDet",
+    "efficientdet": "EfficientDet D0 to D7x",
     "pascal_voc/efficientnet_b7": "PASCAL VOC: EfficientNet-B7 (Tables 8, 11 and 14)",
     "pascal_voc/efficientnet_l2": "PASCAL VOC: EfficientNet-L2 (Table 6)",
     "pascal_voc/one_gpu": "PASCAL VOC: one GPU (ours)",
