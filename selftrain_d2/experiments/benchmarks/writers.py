@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from selftrain_d2.data.pseudo_labels.manifest import NameHash
@@ -31,7 +32,8 @@ def run(rounds: int = 1, images: int = IMAGES, processes: int = PROCESSES) -> di
     """Write ``images`` records with ``processes`` processes, count and verify them. All is measured once.
 
     Returns:
-        ``table`` (Markdown), ``writers`` (what each process says of itself), and seconds, MB and counts by name.
+        ``table`` (Markdown), ``writers`` (what each process says of itself: its own memory in MB after so many shards
+        among it), and seconds, MB and counts by name.
     """
     folder = tempfile.mkdtemp(prefix="pseudo_labels_")
     try:
@@ -68,6 +70,7 @@ def _write(folder: str, images: int, processes: int) -> dict[str, Any]:
         "finish_cpu_seconds": finish_seconds,
         "verify_cpu_seconds": time.process_time() - start,
         "finish_and_verify_growth": memory()["resident"] - before,
+        "growth_bytes_a_record": _growth([w for w in writers if w["shards"]]),
         "boxes": verified["boxes"],
         "files": len(manifest["shards"]),
         "shard_megabytes": sum(manifest["shards"].values()) / 1e6,
@@ -95,7 +98,9 @@ def _run_writers(writer: PseudoLabelWriter, processes: int) -> list[dict[str, An
 
 
 def _work(writer: PseudoLabelWriter, taken: Any, total: int, processes: int, results: Any) -> None:
-    written, boxes, first, tenth, start = 0, 0, 0.0, None, time.process_time()
+    written, boxes, samples, start = 0, 0, [], time.process_time()
+    # So that each takes about ten samples of its memory beside the first and the last.
+    period = max(1, total // (10 * processes))
     while True:
         with taken.get_lock():
             shard = taken.value
@@ -106,28 +111,44 @@ def _work(writer: PseudoLabelWriter, taken: Any, total: int, processes: int, res
         boxes += sum(len(row["scores"]) for row in rows)
         writer.write_shard(shard, rows)
         written += 1
-        if written == 1:
-            first = own_memory()
-        if tenth is None and 10 * written * processes >= total:
-            tenth = own_memory()
-    last = own_memory()
+        if written == 1 or written % period == 0:
+            samples.append((written, own_memory()))
+    samples.append((written, own_memory()))
     results.put(
         {
             "shards": written,
             "boxes": boxes,
             "cpu_seconds": time.process_time() - start,
-            "megabytes_after_first": first,
-            "megabytes_after_tenth": last if tenth is None else tenth,
-            "megabytes_at_end": last,
+            "megabytes": samples,
             "peak_resident": memory()["peak"],
         }
     )
 
 
+def _megabytes_at(writer: dict[str, Any], share: float) -> float:
+    """Memory of its own that a writer had when it had written that share of its shards, or a little more."""
+    return next(mb for shards, mb in writer["megabytes"] if shards >= share * writer["shards"])
+
+
+def _growth(writers: list[dict[str, Any]]) -> float:
+    """Bytes by which a writer's own memory grows with each record: slope of the line through all their samples, the
+    first tenth left out; 0 where there is nothing to fit."""
+    shards, megabytes = [], []  # about each writer's own mean
+    for writer in writers:
+        samples = np.array([x for x in writer["megabytes"] if 10 * x[0] >= writer["shards"]], float)
+        shards.extend(samples[:, 0] - samples[:, 0].mean())
+        megabytes.extend(samples[:, 1] - samples[:, 1].mean())
+    square = np.dot(shards, shards)
+    return float(np.dot(shards, megabytes) / square * 1e6 / SHARD_SIZE) if square else 0.0
+
+
 def _table(figures: dict[str, Any]) -> str:
     images, writers = figures["images"], [w for w in figures["writers"] if w["shards"]]
     own = {
-        when: [w[f"megabytes_{when}"] for w in writers] for when in ("after_first", "after_tenth", "at_end")
+        "after its first shard": [w["megabytes"][0][1] for w in writers],
+        "after a tenth": [_megabytes_at(w, 0.1) for w in writers],
+        "after half": [_megabytes_at(w, 0.5) for w in writers],
+        "at the end": [w["megabytes"][-1][1] for w in writers],
     }
     of_shards = [w["shards"] for w in writers]
     rows = [
@@ -147,10 +168,11 @@ def _table(figures: dict[str, Any]) -> str:
             f"{min(of_shards)} to {max(of_shards)} shards",
             "memory of its own, median (most): "
             + ", ".join(
-                f"{statistics.median(values):.1f} ({max(values):.1f}) MB {when.replace('_', ' ')}"
+                f"{statistics.median(values):.1f} ({max(values):.1f}) MB {when}"
                 for when, values in own.items()
             )
-            + f"; resident at most {max(w['peak_resident'] for w in writers):.0f} MB, most of it shared",
+            + f"; growth from the tenth on {_growth(writers):.1f} bytes a record; resident at most "
+            f"{max(w['peak_resident'] for w in writers):.0f} MB, most of it shared",
         ],
         [
             "on disk",

@@ -18,8 +18,23 @@ def test_every_record_is_written_once_and_verified():
     rows = [row for i, shard in enumerate(shards) for row in records([ImageNames(3000)[n] for n in shard], i)]
     assert figures["boxes"] == sum(w["boxes"] for w in of_writers) == sum(len(row["scores"]) for row in rows)
     assert 9.5 < figures["boxes"] / 3000 < 10.5
-    assert all(w["megabytes_at_end"] > 0 and w["cpu_seconds"] > 0 for w in of_writers if w["shards"])
+    assert all(w["megabytes"][-1][1] > 0 and w["cpu_seconds"] > 0 for w in of_writers if w["shards"])
     assert f"{figures['boxes']:,} boxes found are those written" in figures["table"]
+
+
+def test_growth_is_that_of_each_writer_by_itself():
+    """Two writers of other sizes and other speeds, whose memory grows by 2 MB a shard; the first tenth is noise."""
+    grown = [
+        {"shards": 40, "megabytes": [[1, 99.0], [4, 20.0], [20, 52.0], [40, 92.0]]},
+        {"shards": 10, "megabytes": [[1, 70.0], [5, 78.0], [10, 88.0]]},
+    ]
+    assert writers._growth(grown) == pytest.approx(2e6 / 256)
+    flat = [
+        {"shards": 40, "megabytes": [[1, 9.0], [4, 20.0], [40, 20.0]]},
+        {"shards": 1, "megabytes": [[1, 7.0]]},
+    ]
+    assert writers._growth(flat) == 0 and writers._growth([flat[1]]) == 0
+    assert writers._megabytes_at(grown[0], 0.1) == 20.0 and writers._megabytes_at(grown[0], 0.5) == 52.0
 
 
 def test_a_writer_that_dies_is_told(monkeypatch):
