@@ -208,12 +208,13 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # Pseudo boxes on whose place the teacher's views (SELFTRAIN.TTA) agree less, as a mean IoU, are not trained on. 0:
     # off.
     cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.0
-    # True: the losses of anchors, locations or proposals that a pseudo box is matched with are times its score. False:
-    # as in the paper.
-    cfg.SELFTRAIN.SCORE_WEIGHTED = False
     # Pseudo boxes of at least this score that are not trained on are neither objects nor background. 0: off, they are
     # background, as in the paper.
     cfg.SELFTRAIN.IGNORE_SCORE_THRESH = 0.0
+    # True: pseudo boxes whose score lies between that and the threshold of their class are trained on: the losses of
+    # what they are matched with are times (score - IGNORE_SCORE_THRESH) / (threshold - IGNORE_SCORE_THRESH). False:
+    # they are ignored.
+    cfg.SELFTRAIN.SCORE_WEIGHTED = False
     # True: so are the crowd regions ("iscrowd") of human labels; False: they are background.
     cfg.SELFTRAIN.IGNORE_CROWD = False
     # What an ignored box covers is not learned as background: an anchor or proposal of which it covers ("covered", as

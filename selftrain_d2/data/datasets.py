@@ -107,6 +107,7 @@ def register_pseudo_labels(
     boxes_per_image: float | None = None,
     ignore_score_thresh: ScoreThreshold | None = None,
     localization_thresh: float | None = None,
+    score_weighted: bool = False,
 ) -> None:
     """Register a folder of pseudo labels (see ``generate_pseudo_labels``) as a dataset.
 
@@ -118,7 +119,7 @@ def register_pseudo_labels(
         score_thresh: boxes below this score are left out, pixels ignored: one number, or one by class name. The
             paper uses 0.5.
         image_root: where the images are now, if they were moved since.
-        top_k, boxes_per_image, ignore_score_thresh, localization_thresh: see ``load_pseudo_labels``.
+        top_k, boxes_per_image, ignore_score_thresh, localization_thresh, score_weighted: see ``load_pseudo_labels``.
 
     Raises:
         InputError: no finished pseudo labels are there, a threshold lies under the floor of what was
@@ -131,6 +132,7 @@ def register_pseudo_labels(
         "boxes_per_image": boxes_per_image,
         "ignore_score_thresh": ignore_score_thresh,
         "localization_thresh": localization_thresh,
+        "score_weighted": score_weighted,
     }
     resolve_thresholds(manifest, **selection)  # a mistake is told now
     register_dataset(name, lambda: load_pseudo_labels(folder, image_root=image_root, **selection))

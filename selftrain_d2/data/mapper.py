@@ -33,7 +33,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
     (H, W) where the dict names a file, and ``valid_pixel_share``, the share of its pixels that are not ignored.
     Crowd annotations are left out of the instances; where they are to be ignored (``ignore_crowd``, of the mapper or
     the dict) their boxes are ``ignored_boxes``, ``Boxes`` (M, 4) XYXY in pixels. Images without any box stay. With
-    ``score_weighted`` boxes of pseudo labels have ``gt_weights`` (N,) in [0, 1].
+    ``score_weighted`` boxes of pseudo labels have ``gt_weights`` (N,) in [0, 1], which ``load_pseudo_labels`` says.
 
     Other than detectron2's mapper it hands boxes to the augmentations, which the operations inside boxes
     need, and moves all boxes of an image at once.
@@ -54,7 +54,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
             ignore_value: label of pixels without loss.
             ignore_crowd: whether crowd annotations are neither objects nor background, not only those of dicts that
                 say so themselves.
-            score_weighted: whether boxes of pseudo-labeled images weigh their ``score`` (1 where there is none).
+            score_weighted: whether boxes of pseudo-labeled images weigh their ``weight`` (1 where there is none).
         """
         super().__init__(*args, **kwargs)
         self.ignore_value = ignore_value
@@ -147,7 +147,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         classes = [annotation["category_id"] for annotation in objects]
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         if self.score_weighted and sample["label_source"] == "pseudo":
-            weights = [annotation.get("score", 1.0) for annotation in objects]
+            weights = [annotation.get("weight", 1.0) for annotation in objects]
             instances.gt_weights = torch.tensor(weights, dtype=torch.float32)
         if self.use_instance_mask:
             instances.gt_masks = self._masks(objects, transforms, image_size, sample)

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
-from selftrain_d2.data.pseudo_labels.selection import selection_in_words
+from selftrain_d2.data.pseudo_labels.selection import fully_selected, selection_in_words
 from selftrain_d2.engine.findings import in_words
 from selftrain_d2.engine.tasks import TASKS, Task
 from selftrain_d2.engine.tasks.base import CONTACT_SHEET, evaluations
@@ -165,8 +165,8 @@ def _draw_contact_sheet(output: Path, summary: dict[str, Any], student: CfgNode,
     """Some of the unlabeled images that got labels, evenly spread over the list: not chosen by what they show."""
     folder, score_thresh = output / "pseudo_labels", summary["score_thresh"]
     selection = summary["stages"]["pseudo_labels"]["selection"]
-    # Drawn are the objects that the student learns, not what it ignores.
-    pseudo = load_pseudo_labels(folder, **{**selection, "ignore_score_thresh": None})
+    # Drawn are the objects that count fully, not what is ignored or weighed.
+    pseudo = load_pseudo_labels(folder, **fully_selected(selection))
     names = sorted(task.interesting(pseudo))
     shown = names[:: max(1, len(names) // CONTACT_SHEET_ROWS)][:CONTACT_SHEET_ROWS]
     see_once(student)

@@ -38,14 +38,15 @@ class TeacherCheck:
         self.mapper = mapper
 
     def agreement(self, teacher: StepTeacher, selection: StepSelection, batch_size: int) -> float:
-        """In [0, 1]. Boxes that would be trained on: their F1 by IoU 0.5 (pycocotools). Pixels: the share of those that
+        """In [0, 1]. Boxes that would count fully: their F1 by IoU 0.5 (pycocotools). Pixels: the share of those that
         people gave a class to which has the same."""
         samples = [self.mapper.plain(d) for d in self.dicts]
         labels = teacher(samples, batch_size)
         if teacher.masks:
             return _pixel_agreement([selection.classes(one) for one in labels], self.dicts)
         predicted = [
-            [a for a in annotations if not a.get("iscrowd")] for annotations in selection.annotations(labels)
+            [a for a in annotations if not a.get("iscrowd") and a.get("weight", 1.0) == 1.0]
+            for annotations in selection.annotations(labels)
         ]
         if not any(predicted):
             return 0.0

@@ -18,6 +18,7 @@ from selftrain_d2.data.pseudo_labels.running_counts import RunningCounts
 from selftrain_d2.data.pseudo_labels.selection import (
     check_counts,
     resolve_thresholds,
+    score_weights,
     select_boxes,
     selection_from_config,
     thresholds_of_classes,
@@ -58,6 +59,7 @@ class StepSelection:
         known = {kind: list(class_names), "score_floor": 0.0, "views": len(views(cfg))}
         self.top_k = keys.TOP_K or None
         self.localization_thresh = np.float32(keys.LOCALIZATION_THRESH)
+        self.score_weighted = keys.SCORE_WEIGHTED
         self.counts: RunningCounts | None = None
         self.ignored_from: np.ndarray | None = None
         if keys.THRESHOLDS == "counts":
@@ -88,23 +90,38 @@ class StepSelection:
         self.thresholds, self.ignored_from = self.counts.thresholds()
 
     def annotations(self, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Of each image, as ``load_pseudo_labels`` has them: those to ignore with ``iscrowd`` 1, last."""
+        """Of each image, as ``load_pseudo_labels`` has them: those to ignore with ``iscrowd`` 1, last; with
+        SELFTRAIN.SCORE_WEIGHTED the others with ``weight``."""
         scores, category_ids = _joined(rows)
         counts = np.array([len(row["scores"]) for row in rows])
         localized = None
         if self.localization_thresh:
             localized = _values(rows, LOCALIZATION_SCORES, np.float32) >= self.localization_thresh
-        kept = select_boxes(scores, category_ids, counts, self.thresholds, self.top_k, localized)
+        thresholds, weights = self.thresholds, None
+        if self.score_weighted:
+            weights = score_weights(scores, category_ids, thresholds, self.ignored_from)
+            thresholds = np.minimum(thresholds, self.ignored_from)
+        kept = select_boxes(scores, category_ids, counts, thresholds, self.top_k, localized)
         ignored = np.zeros_like(kept)
         if self.ignored_from is not None:
             ignored = select_boxes(scores, category_ids, counts, self.ignored_from) & ~kept
-        ends = np.cumsum(counts)[:-1]
+        starts = np.cumsum(counts) - counts
+
+        def weight(box: int) -> dict[str, float]:
+            return {} if weights is None else {"weight": float(weights[box])}
+
         return [
             [
-                *(_annotation(row, i, masks=True) for i in np.flatnonzero(k)),
-                *({**_annotation(row, i, masks=False), "iscrowd": 1} for i in np.flatnonzero(u)),
+                *(
+                    {**_annotation(row, i, masks=True), **weight(start + i)}
+                    for i in np.flatnonzero(kept[start:][:count])
+                ),
+                *(
+                    {**_annotation(row, i, masks=False), "iscrowd": 1}
+                    for i in np.flatnonzero(ignored[start:][:count])
+                ),
             ]
-            for row, k, u in zip(rows, np.split(kept, ends), np.split(ignored, ends))
+            for row, start, count in zip(rows, starts, counts)
         ]
 
     def classes(self, labels: PixelLabels) -> np.ndarray:

@@ -234,16 +234,16 @@ def test_images_without_boxes_stay(record, mask_format):
     assert len(off(record)["instances"]) == 0
 
 
-def test_pseudo_boxes_weigh_their_score(record):
-    for annotation, score in zip(record["annotations"], (0.25, 0.5, 1.0)):
-        annotation["score"] = score
+def test_pseudo_boxes_have_weights(record):
+    for annotation, weight in zip(record["annotations"], (0.25, 0.5, 1.0)):
+        annotation.update(weight=weight, score=0.9)
     pseudo = {**record, "label_source": "pseudo"}
     mapper = make_mapper(T.NoOpTransform(), score_weighted=True)
     assert mapper(pseudo)["instances"].gt_weights.tolist() == [0.25, 1.0]  # a crowd between them
     # Pushed to the right, the second box is lost.
     moved = make_mapper(AffineTransform.translation_x(30, 60, 80), score_weighted=True)(pseudo)["instances"]
     assert moved.gt_classes.tolist() == [3] and moved.gt_weights.tolist() == [0.25]
-    del pseudo["annotations"][2]["score"]  # labels of a person in place of a teacher
+    del pseudo["annotations"][2]["weight"]  # labels of a person in place of a teacher
     assert mapper(pseudo)["instances"].gt_weights.tolist() == [0.25, 1.0]
     assert not mapper(record)["instances"].has("gt_weights")
     assert not make_mapper()(pseudo)["instances"].has("gt_weights")

@@ -121,7 +121,7 @@ def _rebuild(kind: type, tensors: dict[str, torch.Tensor], *arguments: Any) -> P
 class PseudoLabelDataset(PseudoImageDataset):
     """Images with pseudo boxes: an image takes 24 bytes and its name, a box 24 bytes and its mask.
 
-    Boxes to ignore, if they were asked for, are columns of their own, and take 24 bytes each.
+    Boxes to ignore, if they were asked for, are columns of their own, and take 24 bytes each; weights of boxes 4 bytes.
     """
 
     def _labels(self, position: int, name: str, size: list[int]) -> dict[str, Any]:
@@ -156,8 +156,18 @@ class PseudoLabelDataset(PseudoImageDataset):
         """(B,) int32: classes of all boxes but those to ignore, image by image."""
         return self._columns["category_ids"][self._items("box_offsets")]
 
+    @property
+    def weights(self) -> np.ndarray:
+        """(B,) float32 in [0, 1]: how much these boxes count."""
+        if "weights" not in self._columns:
+            return np.ones(self.box_counts.sum(), np.float32)
+        return self._columns["weights"][self._items("box_offsets")]
+
     def _annotations(self, position: int, size: list[int]) -> list[dict[str, Any]]:
         start, annotations = self._boxes(position, "box_offsets")
+        if "weights" in self._columns:
+            for box, annotation in enumerate(annotations, start):
+                annotation["weight"] = self._columns["weights"][box].item()
         if "masks" in self._columns:
             for box, annotation in enumerate(annotations, start):
                 counts = self._text("masks", "mask_offsets", box)
@@ -181,7 +191,7 @@ class PseudoLabelDataset(PseudoImageDataset):
 
 
 def shard_columns(
-    table: pa.Table, kept: np.ndarray, ignored: np.ndarray | None = None
+    table: pa.Table, kept: np.ndarray, ignored: np.ndarray | None = None, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """What a dataset takes from one shard, for :func:`join_columns`.
 
@@ -189,6 +199,7 @@ def shard_columns(
         table: of the store's schema. Skipped images are left out.
         kept: bool, which of all boxes in the table.
         ignored: likewise, which are neither objects nor background. None: there are no columns of them.
+        weights: float32, of all boxes in the table. None: there is no column of them.
     """
     labeled = table["skipped"].is_null().to_numpy()
     counts = box_counts(table)
@@ -212,6 +223,8 @@ def shard_columns(
         "masks": characters(pc.filter(masks, pa.array(kept[has_mask]))),
         "mask_lengths": mask_lengths[kept],
     }
+    if weights is not None:
+        columns["weights"] = weights[kept]
     if ignored is not None:
         columns["ignored_lengths"] = np.bincount(rows[ignored], minlength=table.num_rows)[labeled]
         columns.update({f"ignored_{name}": values[ignored] for name, values in boxes.items()})
@@ -223,8 +236,9 @@ def join_columns(shards: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarra
 
     Returns:
         ``names`` (UTF-8) and ``name_offsets`` (N + 1,); ``sizes`` (N, 2), height and width; ``box_offsets``
-        (N + 1,); ``boxes`` (B, 4) XYXY in pixels, ``scores`` (B,), ``category_ids`` (B,); and if there are masks
-        ``masks`` (ASCII) and ``mask_offsets`` (B + 1,). Boxes to ignore, if asked for, likewise: ``ignored_offsets``,
+        (N + 1,); ``boxes`` (B, 4) XYXY in pixels, ``scores`` (B,), ``category_ids`` (B,); if asked for ``weights``
+        (B,); and if there are masks ``masks`` (ASCII) and ``mask_offsets`` (B + 1,). Boxes to ignore, if asked for,
+        likewise: ``ignored_offsets``,
         ``ignored_boxes``, ``ignored_scores``, ``ignored_category_ids``. What belongs to item i reaches from the i-th
         offset to the next one.
     """

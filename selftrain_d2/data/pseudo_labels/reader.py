@@ -34,6 +34,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     ScoreThreshold,
     matching_threshold,
     resolve_thresholds,
+    score_weights,
     select_boxes,
     thresholds_of_classes,
 )
@@ -86,6 +87,7 @@ def load_pseudo_labels(
     boxes_per_image: float | None = None,
     ignore_score_thresh: ScoreThreshold | None = None,
     localization_thresh: float | None = None,
+    score_weighted: bool = False,
 ) -> PseudoImageDataset:
     """Read pseudo labels as detectron2 dataset dicts. Every shard is checked against its SHA-256.
 
@@ -103,6 +105,9 @@ def load_pseudo_labels(
         localization_thresh: boxes whose localization score (see ``labeling.views``) is under this are not selected,
             whatever their score: with ``ignore_score_thresh`` they are ignored, without left out. Known of labels of a
             teacher with several views. None: it does not count.
+        score_weighted: boxes whose score lies between ``ignore_score_thresh`` and the threshold of their class are
+            selected too, and count by ``(score - ignore_score_thresh) / (threshold - ignore_score_thresh)``; those from
+            the threshold on count fully. What ``top_k`` or ``localization_thresh`` leave out is still ignored.
 
     Returns:
         One dict per labeled image, images without boxes included (they train as all-negative):
@@ -111,7 +116,8 @@ def load_pseudo_labels(
         masks ``segmentation`` (RLE, for INPUT.MASK_FORMAT "bitmask"). Each dict is made when asked for.
 
         With ``ignore_score_thresh`` dicts also have ``ignore_crowd`` True, which tells ``SelfTrainingDatasetMapper``
-        what ``iscrowd`` 1 means: the boxes to ignore have it; they come last, without masks.
+        what ``iscrowd`` 1 means: the boxes to ignore have it; they come last, without masks. With ``score_weighted``
+        the others have ``weight``, in [0, 1].
 
         Masks of a segmentor have, in place of annotations, ``sem_seg_file_name`` and what
         ``SelfTrainingDatasetMapper`` needs to check and threshold it, ``sem_seg_sha256`` and
@@ -120,11 +126,18 @@ def load_pseudo_labels(
     Raises:
         InputError: the folder holds no finished pseudo labels, a shard or mask is missing or damaged, a class is
             unknown or has no threshold, a threshold lies under the floor that labels were written with, an
-            argument does not go with masks, or boxes have no localization score to compare.
+            argument does not go with masks, boxes have no localization score to compare, or ``score_weighted`` has
+            no ``ignore_score_thresh``.
     """
     manifest = read_manifest(folder)
     thresholds = resolve_thresholds(
-        manifest, score_thresh, top_k, boxes_per_image, ignore_score_thresh, localization_thresh
+        manifest,
+        score_thresh,
+        top_k,
+        boxes_per_image,
+        ignore_score_thresh,
+        localization_thresh,
+        score_weighted,
     )
     files = shard_files(folder, manifest)
     image_root = manifest["image_root"] if image_root is None else str(image_root)
@@ -140,7 +153,8 @@ def load_pseudo_labels(
     # The empty table gives the columns their types where there is no shard.
     tables = itertools.chain([SCHEMA.empty_table()], read_shards(files))
     columns = join_columns(
-        _columns(table, thresholds, top_k, ignored_from, localization_thresh) for table in tables
+        _columns(table, thresholds, top_k, ignored_from, localization_thresh, score_weighted)
+        for table in tables
     )
     return PseudoLabelDataset(columns, image_root)
 
@@ -151,10 +165,16 @@ def _columns(
     top_k: int | None,
     ignored_from: np.ndarray | None,
     localization_thresh: float | None,
+    score_weighted: bool,
 ) -> dict[str, np.ndarray]:
+    weights = None
+    if score_weighted:
+        scores, category_ids = flat_values(table, "scores"), flat_values(table, "category_ids")
+        weights = score_weights(scores, category_ids, thresholds, ignored_from)
+        thresholds = np.minimum(thresholds, ignored_from)
     selected = _selected(table, thresholds, top_k, localization_thresh)
     ignored = None if ignored_from is None else _selected(table, ignored_from, None) & ~selected
-    return shard_columns(table, selected, ignored)
+    return shard_columns(table, selected, ignored, weights)
 
 
 def _load_masks(

@@ -27,6 +27,13 @@ WITHOUT_LOCALIZATION = (
     "SELFTRAIN.LOCALIZATION_THRESH (localization_thresh) to 0."
 )
 
+#: What is said where scores are to be weighed between two thresholds, and there is one.
+WITHOUT_SECOND_THRESHOLD = (
+    "Boxes are weighed by where their score lies between two thresholds, and the lower one is not given: set "
+    "SELFTRAIN.IGNORE_SCORE_THRESH (ignore_score_thresh), e.g. to 0.3, or SELFTRAIN.SCORE_WEIGHTED (score_weighted) to "
+    "False."
+)
+
 #: One score threshold for all classes, or one by class name.
 ScoreThreshold = Union[float, Mapping[str, float]]
 
@@ -34,8 +41,8 @@ ScoreThreshold = Union[float, Mapping[str, float]]
 def selection_from_config(
     cfg: CfgNode, class_names: Sequence[str], counts: CountThresholds | None = None
 ) -> dict[str, Any]:
-    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE, IGNORE_SCORE_THRESH and
-    LOCALIZATION_THRESH say.
+    """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE, IGNORE_SCORE_THRESH,
+    LOCALIZATION_THRESH and SCORE_WEIGHTED say.
 
     Args:
         class_names: of the pseudo labels.
@@ -63,15 +70,19 @@ def selection_from_config(
     }
     if selftrain.LOCALIZATION_THRESH:
         selection["localization_thresh"] = selftrain.LOCALIZATION_THRESH
+    if selftrain.SCORE_WEIGHTED:
+        selection["score_weighted"] = True
     if counts is not None:
         selection["score_thresh"] = counts.score_thresh
-        if counts.ignore_score_thresh is not None:
-            selection["ignore_score_thresh"] = counts.ignore_score_thresh
+        selection["ignore_score_thresh"] = counts.ignore_score_thresh
+        if counts.ignore_score_thresh is None:  # nothing lies between
+            selection.pop("score_weighted", None)
     return selection
 
 
 def check_counts(cfg: CfgNode, manifest: Mapping[str, Any]) -> None:
-    """Raise InputError where SELFTRAIN.THRESHOLDS "counts" cannot choose: for masks, or beside keys that choose too."""
+    """Raise InputError where SELFTRAIN.THRESHOLDS "counts" cannot choose: for masks, beside keys that choose too, or a
+    second threshold that SCORE_WEIGHTED needs and that is off."""
     if "stuff_classes" in manifest:
         raise InputError(
             "The pseudo labels are masks, in which no boxes can be counted: set SELFTRAIN.THRESHOLDS fixed."
@@ -87,6 +98,8 @@ def check_counts(cfg: CfgNode, manifest: Mapping[str, Any]) -> None:
                 f"SELFTRAIN.THRESHOLDS counts chooses how many boxes are kept, and so does SELFTRAIN.{key} "
                 f"{cfg.SELFTRAIN[key]}: set that to {off!r}, or THRESHOLDS fixed."
             )
+    if cfg.SELFTRAIN.SCORE_WEIGHTED and not cfg.SELFTRAIN.IGNORE_SCORE_THRESH:
+        raise InputError(WITHOUT_SECOND_THRESHOLD)
 
 
 def with_exceptions(
@@ -117,7 +130,13 @@ def selection_in_words(cfg: CfgNode) -> str:
         text += f", on whose place the teacher's views agree to {selftrain.LOCALIZATION_THRESH:g}"
     text += f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else ""
     ignored = selftrain.IGNORE_SCORE_THRESH
-    return text + (f" (others of {ignored:g} or more ignored)" if ignored else "")
+    how = "weighed by their score" if selftrain.SCORE_WEIGHTED else "ignored"
+    return text + (f" (others of {ignored:g} or more {how})" if ignored else "")
+
+
+def fully_selected(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """A selection of the boxes alone that count fully: none are there to ignore, or to weigh."""
+    return {**selection, "ignore_score_thresh": None, "score_weighted": False}
 
 
 def resolve_thresholds(
@@ -127,12 +146,14 @@ def resolve_thresholds(
     boxes_per_image: float | None = None,
     ignore_score_thresh: ScoreThreshold | None = None,
     localization_thresh: float | None = None,
+    score_weighted: bool = False,
 ) -> np.ndarray:
     """Check a selection against what was written.
 
     Args:
         manifest: of the folder.
-        score_thresh, top_k, boxes_per_image, ignore_score_thresh, localization_thresh: see ``load_pseudo_labels``.
+        score_thresh, top_k, boxes_per_image, ignore_score_thresh, localization_thresh, score_weighted: see
+            ``load_pseudo_labels``.
 
     Returns:
         (C,) float32, the threshold of each class; the floor where ``boxes_per_image`` will choose it.
@@ -141,7 +162,8 @@ def resolve_thresholds(
         InputError: a threshold is no number from the floor to 1, or is missing or given for an unknown class;
             ``top_k`` is not at least 1, ``boxes_per_image`` not above 0, or given beside thresholds by class; one of
             these two, ``ignore_score_thresh`` or ``localization_thresh`` for masks; no box can have a score that is
-            ignored; or the teacher looked once, so that boxes have no localization score.
+            ignored; the teacher looked once, so that boxes have no localization score; or ``score_weighted`` is given
+            without ``ignore_score_thresh``.
     """
     if "stuff_classes" in manifest:
         if top_k is not None or boxes_per_image is not None:
@@ -175,6 +197,8 @@ def resolve_thresholds(
             )
         score_thresh = manifest["score_floor"]
     thresholds = thresholds_of_classes(manifest, score_thresh)
+    if score_weighted and ignore_score_thresh is None:
+        raise InputError(WITHOUT_SECOND_THRESHOLD)
     if ignore_score_thresh is not None:
         ignored = thresholds_of_classes(manifest, ignore_score_thresh)
         others = (top_k, boxes_per_image, localization_thresh)  # rules by which boxes are left over
@@ -247,6 +271,28 @@ def select_boxes(
     best = np.zeros_like(kept)
     best[boxes[order[np.arange(len(boxes)) - first < top_k]]] = True
     return best
+
+
+def score_weights(
+    scores: np.ndarray, category_ids: np.ndarray, thresholds: np.ndarray, lower: np.ndarray
+) -> np.ndarray:
+    """How much boxes count by their scores: fully from the threshold of their class on, not at all up to the lower one,
+    and in between by ``(score - lower) / (threshold - lower)``.
+
+    ASTOD (github.com/CEA-LIST/ASTOD) has this rule.
+
+    Args:
+        scores: (B,) float32. category_ids: (B,).
+        thresholds, lower: (C,) float32. Where the lower one is not below the other, nothing lies in between.
+
+    Returns:
+        (B,) float32 in [0, 1].
+    """
+    high, low = thresholds[category_ids], lower[category_ids]
+    between = (scores > low) & (scores < high)
+    weights = (scores >= high).astype(np.float32)
+    weights[between] = (scores - low)[between] / (high - low)[between]
+    return weights
 
 
 def matching_threshold(scores: np.ndarray, target: float) -> float | None:

@@ -16,6 +16,7 @@ from selftrain_d2.data.coco_file import CocoFile, read_coco_images
 from selftrain_d2.data.datasets import check_same_classes, read_human_coco
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
+from selftrain_d2.data.pseudo_labels.selection import fully_selected
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
 from selftrain_d2.engine.tasks.base import (
@@ -148,13 +149,16 @@ class Detection(Task):
         boxes = labels.box_counts
         if not boxes.any():
             return {}
+        weighed = int((labels.weights < 1).sum())
         counts = {
             "images_with_boxes": int((boxes > 0).sum()),
-            "boxes": int(boxes.sum()),
+            "boxes": int(boxes.sum()) - weighed,
             "boxes_above_floor": manifest["boxes"],
         }
         if selection["ignore_score_thresh"] is not None:
             counts["ignored_boxes"] = int(labels.ignored_counts.sum())
+        if selection.get("score_weighted"):
+            counts["weighted_boxes"] = weighed
         return counts
 
     def judge(self, output: Path, score_thresh: float) -> dict[str, Any]:
@@ -177,8 +181,7 @@ class Detection(Task):
         facts: dict[str, Any] = {"human_boxes_per_image": people / len(labeled.content["images"])}
         truth = self._truth()
         if truth is not None:
-            objects = {**selection, "ignore_score_thresh": None}
-            selected = load_pseudo_labels(output / "pseudo_labels", **objects)
+            selected = load_pseudo_labels(output / "pseudo_labels", **fully_selected(selection))
             everything = precision_recall_by_threshold(selected, truth, thresholds=[0.0])[0]
             facts["selected_quality"] = {"precision": everything.precision, "recall": everything.recall}
         return facts

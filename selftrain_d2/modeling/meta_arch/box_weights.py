@@ -131,6 +131,6 @@ def check_weighs_boxes(model: nn.Module) -> None:
     """Raise InputError unless a model's losses follow ``gt_weights``."""
     if not getattr(model, "weighs_boxes", False):
         raise InputError(
-            f"{type(model).__name__} has no loss of each box that its score could weigh, as RetinaNet, FCOS and R-CNNs "
+            f"{type(model).__name__} has no loss of each box that a weight could lessen, as RetinaNet, FCOS and R-CNNs "
             "have: set SELFTRAIN.SCORE_WEIGHTED False, or train one of these."
         )

@@ -116,6 +116,14 @@ def test_the_selection_of_a_config(trees):
     assert selection.selection_in_words(_config()) == "a score that as many an image as people drew have"
 
 
+def test_where_nothing_lies_between_the_thresholds_nothing_is_ignored_or_weighed(trees):
+    counts = thresholds_by_counts(trees, PEOPLE, ignore_from=0.9)
+    cfg = _config(IGNORE_SCORE_THRESH=0.9, SCORE_WEIGHTED=True)
+    chosen = selection_from_config(cfg, CLASSES, counts)
+    assert chosen["ignore_score_thresh"] is None and "score_weighted" not in chosen
+    assert not load_pseudo_labels(trees, **chosen).ignored_counts.any()
+
+
 @pytest.mark.parametrize(
     ("keys", "classes", "message"),
     [
@@ -126,6 +134,7 @@ def test_the_selection_of_a_config(trees):
             r"so does SELFTRAIN.BOXES_PER_IMAGE 2.0: set that to 0.0",
         ),
         ({"TOP_K": 5}, "thing_classes", "so does SELFTRAIN.TOP_K 5: set that to 0, or THRESHOLDS fixed"),
+        ({"SCORE_WEIGHTED": True}, "thing_classes", r"set SELFTRAIN\.IGNORE_SCORE_THRESH .* e\.g\. to 0\.3"),
         ({}, "stuff_classes", "masks, in which no boxes can be counted"),
     ],
 )

@@ -33,7 +33,11 @@ IMAGE = st.fixed_dictionaries(
 )
 BY_CLASS = {"car": 0.1, "dog": 0.9, "tree": 0.5}
 SELECTION = st.builds(
-    lambda thresholds, top_k: dict(zip(("score_thresh", "ignore_score_thresh"), thresholds), top_k=top_k),
+    lambda thresholds, top_k, weighted: dict(
+        zip(("score_thresh", "ignore_score_thresh"), thresholds),
+        top_k=top_k,
+        score_weighted=weighted and thresholds[1] is not None,
+    ),
     st.sampled_from(
         [
             (0.05, None), (0.3, None), (0.7, None), (BY_CLASS, None),
@@ -41,6 +45,7 @@ SELECTION = st.builds(
         ]
     ),
     st.none() | st.integers(1, 3),
+    st.booleans(),
 )  # fmt: skip
 
 
@@ -79,14 +84,23 @@ def _of_class(score_thresh, category):
     return np.float32(score_thresh[CLASSES[category]] if isinstance(score_thresh, dict) else score_thresh)
 
 
-def _expected(images, score_thresh, top_k=None, ignore_score_thresh=None):
+def _weight(score, category, score_thresh, ignore_score_thresh):
+    high, low = (float(_of_class(x, category)) for x in (score_thresh, ignore_score_thresh))
+    score = float(np.float32(score))
+    return 1.0 if score >= high else (score - low) / (high - low)
+
+
+def _expected(images, score_thresh, top_k=None, ignore_score_thresh=None, score_weighted=False):
     dicts = []
     for position, image in enumerate(images):
         if image["skipped"]:
             continue
         kept = []
         for i, (score, category, _) in enumerate(image["boxes"]):
-            if np.float32(score) >= _of_class(score_thresh, category):
+            least = _of_class(score_thresh, category)
+            if score_weighted:
+                least = min(least, _of_class(ignore_score_thresh, category))
+            if np.float32(score) >= least:
                 kept.append(i)
         kept = sorted(sorted(kept, key=lambda i: -image["boxes"][i][0])[:top_k])
         ignored = []
@@ -108,7 +122,11 @@ def _expected(images, score_thresh, top_k=None, ignore_score_thresh=None):
             )
             if i in ignored:
                 annotations[-1]["iscrowd"] = 1
-            elif image["masks"]:
+                continue
+            if score_weighted:
+                weight = _weight(score, category, score_thresh, ignore_score_thresh)
+                annotations[-1]["weight"] = pytest.approx(weight, abs=1e-6)
+            if image["masks"]:
                 annotations[-1]["segmentation"] = {"size": size, "counts": _mask(position, i)}
         dicts.append(
             {

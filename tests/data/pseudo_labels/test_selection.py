@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from selftrain_d2 import InputError, add_selftrain_config
 from selftrain_d2.data.pseudo_labels.selection import (
+    fully_selected,
     matching_threshold,
     resolve_thresholds,
+    score_weights,
     select_boxes,
     selection_from_config,
     selection_in_words,
@@ -85,11 +87,26 @@ def test_one_threshold_or_one_by_class():
         ({"score_thresh": 0.5, "localization_thresh": 0.5}, r"SELFTRAIN\.TTA\.FLIP True"),
         ({"score_thresh": 0.5, "ignore_score_thresh": 0.5}, r"from a score of 0\.5 on .* from 0\.5 on"),
         ({"score_thresh": 0.5, "ignore_score_thresh": {"car": 0.1, "dog": 0.1}}, "'tree' has no score"),
+        (
+            {"score_thresh": 0.5, "score_weighted": True},
+            r"the lower one is not given: set SELFTRAIN\.IGNORE_SCORE",
+        ),
     ],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(InputError, match=message):
         resolve_thresholds(MANIFEST, **arguments)
+
+
+def test_weights_of_scores_between_two_thresholds():
+    """The first class from 0.3 to 0.6, the second from 0.5 to 0.9; of the third the lower one is the higher."""
+    scores = np.array([0.2, 0.3, 0.39, 0.45, 0.6, 0.7, 0.45, 0.5, 0.7, 0.9, 0.49, 0.5, 0.6], np.float32)
+    category_ids = np.array([0] * 6 + [1] * 4 + [2] * 3)
+    high, low = np.array([0.6, 0.9, 0.5], np.float32), np.array([0.3, 0.5, 0.7], np.float32)
+    expected = [0, 0, 0.3, 0.5, 1, 1, 0, 0, 0.5, 1, 0, 1, 1]
+    found = score_weights(scores, category_ids, high, low)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6) and found.dtype == np.float32
+    assert not len(score_weights(scores[:0], category_ids[:0], high, low))
 
 
 def test_from_config():
@@ -112,6 +129,12 @@ def test_from_config():
     assert selection_in_words(cfg).endswith(", the best 5 of an image (others of 0.25 or more ignored)")
     cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.7
     assert selection_from_config(cfg, CLASSES)["localization_thresh"] == 0.7
+    assert "score_weighted" not in chosen
+    cfg.SELFTRAIN.SCORE_WEIGHTED = True
+    weighted = selection_from_config(cfg, CLASSES)
+    assert weighted["score_weighted"] is True and weighted["ignore_score_thresh"] == 0.25
+    assert fully_selected(weighted) == {**weighted, "ignore_score_thresh": None, "score_weighted": False}
+    cfg.SELFTRAIN.SCORE_WEIGHTED = False
     assert "(dog 0.8), on whose place the teacher's views agree to 0.7, the best" in selection_in_words(cfg)
     cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.0
     cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("dog", 0.8, "car")

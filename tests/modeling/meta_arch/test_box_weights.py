@@ -1,16 +1,23 @@
 """Losses of boxes that weigh less: by hand with numpy, and against detectron2's own."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import small_rcnn_config
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from test_dense import _batch, _fcos, _retinanet
 
+from selftrain_d2 import add_selftrain_config
+from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
+from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
+from selftrain_d2.data.pseudo_labels.shards import make_row
+from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.engine.config_checks import check_score_weights
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch import SelfTrainingFCOS, SelfTrainingRetinaNet
@@ -227,6 +234,50 @@ def test_losses_of_three_proposals_by_hand():
     of_class = -(0.3 * np.log(p[0, 1]) + 0.8 * np.log(p[1, 0]) + np.log(p[2, 2])) / 3
     assert found["loss_cls"].item() == pytest.approx(of_class, rel=1e-5)
     assert found["loss_box_reg"].item() == pytest.approx((0.3 * 4 * 0.1 + 0.8 * 4 * 0.2) / 3, rel=1e-5)
+
+
+@pytest.fixture(params=["retinanet", "fcos", "StandardROIHeads", "CascadeROIHeads"])
+def architecture(request):
+    """A model in training; of an R-CNN, Faster or Cascade."""
+    if request.param in ("retinanet", "fcos"):
+        return _model(request.param)
+    keys = {"MODEL__ROI_HEADS__NAME": request.param}
+    if request.param == "CascadeROIHeads":
+        keys["MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG"] = True
+    torch.manual_seed(0)
+    return build_model(small_rcnn_config("SelfTrainingGeneralizedRCNN", **keys)).train()
+
+
+def test_scores_between_two_thresholds_weigh_by_hand(architecture, tmp_path):
+    """Labels on disk, their thresholds 0.2 and 0.6, the mapper and the losses of every architecture.
+
+    A score of 0.3 counts a quarter: (0.3 - 0.2) / (0.6 - 0.2). What counts nothing has the losses of 0.2, what counts
+    fully those of the paper, without weights.
+    """
+    cv2.imwrite(str(tmp_path / "a.png"), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    cfg.SELFTRAIN.SCORE_WEIGHTED = True
+    mapper = SelfTrainingDatasetMapper(cfg, True)
+    mapper.augmentations = T.AugmentationList([])
+
+    def losses(score, **selection):
+        folder = tmp_path / f"{score}"
+        if not folder.exists():
+            identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": str(tmp_path)}
+            with PseudoLabelWriter(folder, identity, ["a.png"]) as writer:
+                boxes = [[8, 8, 40, 40], [20, 4, 60, 50]]
+                writer.write_shard(0, [make_row("a.png", 64, 64, boxes, [score, 0.9], [0, 1])])
+                writer.finish()
+        dataset = load_pseudo_labels(folder, 0.6, ignore_score_thresh=0.2, **selection)
+        torch.manual_seed(0)  # of an R-CNN's sampling
+        return _losses(architecture, [mapper(sample) for sample in dataset])[0]
+
+    none, quarter, high, sure = (losses(score, score_weighted=True) for score in (0.2, 0.3, 0.6, 0.8))
+    assert sure == high == pytest.approx(losses(0.8), rel=1e-4)
+    for name, loss in high.items():
+        assert quarter[name] == pytest.approx(0.75 * none[name] + 0.25 * loss, rel=1e-4, abs=1e-7)
+    assert any(none[name] < 0.99 * loss for name, loss in high.items())
 
 
 def test_weights_are_refused_where_no_loss_knows_them():
