@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +17,9 @@ from torch import nn
 from selftrain_d2.engine.checkpoint_facts import CheckpointFacts
 from selftrain_d2.engine.validation_loss import VALIDATION
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, SafeDetectionCheckpointer, checkpoints_in
+from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, SafeDetectionCheckpointer, checkpoints_in, steps_of
 
 logger = logging.getLogger(__name__)
-
-_NUMBERED = re.compile(r"model_\d+\.pth")
 
 
 class LastCheckpoints(hooks.PeriodicCheckpointer):
@@ -42,12 +39,11 @@ class LastCheckpoints(hooks.PeriodicCheckpointer):
     def step(self, iteration: int, **kwargs: Any) -> None:
         super().step(iteration, **kwargs)
         if self.keep and (iteration + 1) % self.period == 0:
-            files = [
-                f
-                for f in checkpoints_in(self.checkpointer.save_dir)
-                if _NUMBERED.fullmatch(os.path.basename(f))
-            ]
-            for file in sorted(files, key=lambda file: (os.path.getmtime(file), file))[: -self.keep]:
+            steps = {file: steps_of(file) for file in checkpoints_in(self.checkpointer.save_dir)}
+            numbered = [file for file in steps if math.isfinite(steps[file])]
+            # By their steps: clocks of machines differ. First those after this one, of a run that was gone back on.
+            numbered.sort(key=lambda file: (steps[file] <= iteration + 1, steps[file]))
+            for file in numbered[: -self.keep]:
                 os.remove(file)
 
 

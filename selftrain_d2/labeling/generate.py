@@ -25,6 +25,7 @@ from tqdm import tqdm
 from selftrain_d2.data.augmentation import set_test_size
 from selftrain_d2.data.datasets import check_same_classes, class_names
 from selftrain_d2.data.image_sources import absolute_root, check_distinct
+from selftrain_d2.data.pseudo_labels.manifest import MANIFEST
 from selftrain_d2.data.pseudo_labels.masks import MASKS, make_mask_row
 from selftrain_d2.data.pseudo_labels.shards import BOXES
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
@@ -47,6 +48,8 @@ from selftrain_d2.processes import on_main_process, shared_store, wait_until
 
 logger = logging.getLogger(__name__)
 
+# A client of a file server may say for so long that a file is not there which it did not find before (NFS: acdirmax).
+_SEEN_WITHIN_SECONDS = 90.0
 # Shards that a process checks at a time, of a folder that is there.
 _CHECKED_TOGETHER = 64
 
@@ -133,7 +136,7 @@ def generate_pseudo_labels(
     writer = open_folder() if alone else on_main_process(open_folder)
     leads = writer is not None
     if writer is None:
-        writer = PseudoLabelWriter(output, identity, names, exclusive=False)
+        writer = _join(output, identity, names)
     with writer:  # the main process holds the folder to the end
         _check_shards(writer, Claims(dist.PrefixStore("check", store), cfg.SELFTRAIN.TAKE_OVER_SECONDS))
         missing = writer.missing_shards()
@@ -168,6 +171,18 @@ def generate_pseudo_labels(
                 f"({reason}); manifest.json names all."
             )
         return manifest
+
+
+def _join(
+    output: str | os.PathLike, identity: dict[str, Any], file_names: Sequence[str]
+) -> PseudoLabelWriter:
+    """A writer of a folder that the main process, perhaps on another machine, opened a moment ago."""
+    manifest = os.path.join(output, MANIFEST)
+    if not wait_until(lambda: os.path.exists(manifest), _SEEN_WITHIN_SECONDS):
+        raise InputError(
+            f"{output} has no {MANIFEST} here, which the main process wrote: give a folder that all machines share."
+        )
+    return PseudoLabelWriter(output, identity, file_names, exclusive=False)
 
 
 def _check_shards(writer: PseudoLabelWriter, claims: Claims) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
 
 from selftrain_d2.errors import InputError
@@ -48,6 +51,7 @@ __all__ = [
     "require_same_backbone",
     "require_same_model",
     "run_weights",
+    "steps_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -156,21 +160,36 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As the base does; where the last checkpoint is damaged, resume from the one before, with a warning.
 
+        Of several processes, which must all call this, the main one chooses for all: a file server may show another
+        machine an older state of the folder for a while.
+
         Raises:
             InputError: see :meth:`load`; or every checkpoint in ``save_dir`` is damaged.
         """
-        if not (resume and self.has_checkpoint()):
-            return super().resume_or_load(path, resume=resume)
+        choice = self._whole_checkpoint() if resume and comm.is_main_process() else ("", "")
+        file, problem = comm.all_gather(choice)[0]
+        if problem:
+            raise InputError(problem)
+        return self.load(file) if file else super().resume_or_load(path, resume=False)
+
+    def _whole_checkpoint(self) -> tuple[str, str]:
+        """The last checkpoint that can be read, and why none can, though there are some; each may be empty."""
+        if not self.has_checkpoint():
+            return "", ""
         last = self.get_checkpoint_file()
-        files = sorted(checkpoints_in(self.save_dir), key=os.path.getmtime, reverse=True)
-        for file in sorted(files, key=lambda file: file != last):
+        newest = steps_of(last) if last else math.inf
+        # By their steps, those of a run that was gone back on at the end; clocks of machines differ.
+        files = sorted(
+            checkpoints_in(self.save_dir), key=lambda f: (f != last, steps_of(f) > newest, -steps_of(f))
+        )
+        for file in files:
             try:
                 read_checkpoint(file, self.allow_unsafe)
             except InputError as error:
                 logger.warning(f"Cannot resume from {file}, trying the one before: {error}")
             else:
-                return self.load(file)
-        raise InputError(
+                return file, ""
+        return "", (
             f"No checkpoint in {self.save_dir} can be read (the last was {last}): delete that folder to start anew."
         )
 
@@ -237,6 +256,12 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
 def checkpoints_in(folder: str | os.PathLike) -> list[str]:
     """Checkpoints that training wrote into a folder. Batches saved for `replay` lie beside them."""
     return sorted(glob.glob(os.path.join(glob.escape(os.fspath(folder)), "model_*.pth")))
+
+
+def steps_of(checkpoint: str | os.PathLike) -> float:
+    """After how many steps a checkpoint of :func:`checkpoints_in` was written, by its name; infinity: the final one."""
+    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(checkpoint))
+    return int(match[1]) + 1 if match else math.inf
 
 
 def run_weights(cfg: CfgNode) -> str:

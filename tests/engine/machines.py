@@ -23,6 +23,9 @@ rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_CO
 sys.exit(main(sys.argv[1:]))
 """
 
+# An agent that gives no sign of life for a minute counts as lost: on a busy computer three seconds are nothing.
+_CONF = "keep_alive_interval=2,keep_alive_max_attempt=30,read_timeout=600"
+
 
 class Machines:
     """Machines of ``processes`` processes each that run one command.
@@ -43,7 +46,7 @@ class Machines:
         self._command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", str(number), "--nproc-per-node", str(processes),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test",
-            "--rdzv-conf", "keep_alive_interval=1", "--local-addr", "127.0.0.1", "--max-restarts", str(restarts),
+            "--rdzv-conf", _CONF, "--local-addr", "127.0.0.1", "--max-restarts", str(restarts),
             "--monitor-interval", "0.1", str(folder / "program.py"), *map(str, arguments),
         ]  # fmt: skip
         self.agents = [self._start(machine) for machine in range(int(str(number).split(":")[-1]))]
@@ -71,8 +74,8 @@ class Machines:
     def start_again(self, machine):
         self.agents[machine] = self._start(machine)
 
-    def wait(self, seconds=600):
-        """Exit codes of the agents."""
+    def wait(self, seconds=1800):
+        """Exit codes of the agents; the time is for those that hang, not for a busy computer."""
         end = time.monotonic() + seconds
         return [agent.wait(max(0.0, end - time.monotonic())) for agent in self.agents]
 

@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 import torch
@@ -27,6 +28,21 @@ def test_the_last_ones_stay_also_after_a_restart(tmp_path):
     assert _save_steps(tmp_path, range(30, 55), 2) == ["model_0000039.pth", "model_0000049.pth", *other]
     last = _save_steps(tmp_path, range(55, 100), 2)
     assert last == ["model_0000089.pth", "model_0000099.pth", "model_final.pth", *other]
+
+
+def test_the_one_just_saved_stays_though_the_clock_went_back(tmp_path):
+    """As where a job goes on at another machine."""
+    _save_steps(tmp_path, range(20), 2)
+    for path in tmp_path.glob("*.pth"):
+        os.utime(path, (4e9, 4e9))
+    assert _save_steps(tmp_path, range(20, 30), 2) == ["model_0000019.pth", "model_0000029.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000029.pth"
+
+
+def test_those_of_steps_to_come_go_first(tmp_path):
+    """Where a run went on from an earlier checkpoint."""
+    _save_steps(tmp_path, range(50), 0)
+    assert _save_steps(tmp_path, range(20, 30), 2) == ["model_0000019.pth", "model_0000029.pth"]
 
 
 def test_all_stay_by_default(tmp_path):

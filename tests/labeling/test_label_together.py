@@ -13,7 +13,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from selftrain_d2 import generate_pseudo_labels
+from selftrain_d2 import InputError, generate_pseudo_labels
 from selftrain_d2.data.pseudo_labels import writer as pseudo_label_writer
 from selftrain_d2.data.pseudo_labels.reader import verify_pseudo_labels
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
@@ -139,6 +139,27 @@ def label_together(cfg, tmp_path):
     for process in processes:
         process.kill()
         process.join()
+
+
+IDENTITY = {"thing_classes": ["red"], "score_floor": 0.1, "image_root": "/photos"}
+
+
+def test_another_machine_sees_the_folder_a_little_later(tmp_path, monkeypatch):
+    """A file server's client may say for half a minute that a file is not there which it did not find before."""
+    looks = iter(range(1000))
+    exists = os.path.exists
+    monkeypatch.setattr(generate.os.path, "exists", lambda path: next(looks) >= 3 and exists(path))
+    with PseudoLabelWriter(tmp_path / "labels", IDENTITY, ["a.jpg"]):
+        helper = generate._join(tmp_path / "labels", IDENTITY, ["a.jpg"])
+    assert helper.missing_shards() == [0] and next(looks) == 4
+
+
+def test_machines_without_a_file_system_in_common(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "_SEEN_WITHIN_SECONDS", 0.2)
+    with pytest.raises(
+        InputError, match=r"labels has no manifest\.json here.*a folder that all machines share"
+    ):
+        generate._join(tmp_path / "labels", IDENTITY, ["a.jpg"])
 
 
 def test_a_slow_one(cfg, tmp_path, label_together):

@@ -1,7 +1,9 @@
 import hashlib
 import logging
+import multiprocessing
 import os
 import pickle
+import socket
 from collections import OrderedDict
 
 import numpy as np
@@ -338,3 +340,60 @@ def test_file_sha256(tmp_path):
     assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
     with pytest.raises(InputError, match="cannot be read"):
         file_sha256(tmp_path / "b")
+
+
+def _saved(folder, number):
+    """So many checkpoints of a layer whose weight is the number of steps."""
+    layer = nn.Linear(1, 1)
+    checkpointer = SafeDetectionCheckpointer(layer, str(folder))
+    for steps in range(1, number + 1):
+        nn.init.constant_(layer.weight, steps)
+        checkpointer.save(f"model_{steps - 1:07d}")
+    return [folder / f"model_{step:07d}.pth" for step in range(number)]
+
+
+def test_the_one_before_a_damaged_one_is_told_by_its_steps(tmp_path):
+    """Not by a clock, which on another machine may go after."""
+    files = _saved(tmp_path, 4)
+    os.utime(files[0], (4e9, 4e9))
+    os.truncate(files[2], 100)
+    (tmp_path / "last_checkpoint").write_text(files[2].name)  # the last one is of a run that was gone back on
+    layer = nn.Linear(1, 1)
+    SafeDetectionCheckpointer(layer, str(tmp_path)).resume_or_load("")
+    assert layer.weight.item() == 2
+
+
+def _resume(rank, port, files):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    layer, folder = nn.Linear(1, 1), files[0].parent
+    checkpointer = SafeDetectionCheckpointer(layer, str(folder))
+    if rank == 1:  # a file server's client that still shows what was the last one before
+        checkpointer.get_checkpoint_file = lambda: str(files[0])
+    problem = ""
+    try:
+        checkpointer.resume_or_load("")
+    except InputError as error:
+        problem = str(error)
+    (folder / f"{rank}.txt").write_text(problem or str(layer.weight.item()))
+    torch.distributed.barrier()
+    os._exit(0)  # as a process of its own would end, not as a part of pytest
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_all_processes_resume_from_the_checkpoint_that_the_main_one_takes(tmp_path, damaged):
+    files = _saved(tmp_path, 2)
+    if damaged:
+        for file in files:
+            os.truncate(file, 100)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_resume, args=(rank, port, files)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert said == ["2.0", "2.0"] if not damaged else all("No checkpoint in" in text for text in said)

@@ -6,6 +6,7 @@ without one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -162,11 +163,23 @@ def read_shards(
 
 
 def is_intact(file: Path) -> bool:
-    """Whether a shard can be read and has the bytes it was written with."""
+    """Whether a shard has the bytes it was written with; False where the disk itself cannot read it.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        InputError: it cannot be read now (rights, a file server that is away), which does not make it a damaged one.
+    """
     try:
         return _is_whole(file, file.read_bytes())
-    except OSError:
-        return False
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return False
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}): check its permissions and the file system, and run the same "
+            "command again."
+        ) from error
 
 
 def _is_whole(file: str | os.PathLike, content: bytes) -> bool:

@@ -149,12 +149,20 @@ class PseudoLabelWriter:
 
         Args:
             shards: all of some numbers, as :meth:`shards` gives them.
+
+        Raises:
+            InputError: a shard cannot be read, which need not be its own fault.
         """
         seen = set()
         for shard, file in shards:
             if shard in seen:  # by another process that made it too
                 file.unlink(missing_ok=True)
-            elif not is_intact(file):
+                continue
+            try:
+                intact = is_intact(file)
+            except FileNotFoundError:  # another process removed it
+                continue
+            if not intact:
                 self._remove(file, f"{file} is damaged: it is removed and made again.")
             elif self._kind is MASKS and (name := damaged_mask(self.folder, read_shard(file))) is not None:
                 self._remove(file, f"The mask of {name} is missing or damaged: its shard is made again.")

@@ -127,6 +127,32 @@ def test_damage_to_an_unfinished_folder(tmp_path, undisturbed):
     assert _content(tmp_path / "stopped") == _content(undisturbed)
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+def test_a_shard_that_cannot_be_read_is_no_damaged_one(undisturbed, code, monkeypatch):
+    """A file server that is away, or missing rights: nothing is removed, and the manifest stays as it is."""
+    before = _content(undisturbed)
+    read_bytes, away = Path.read_bytes, _shards(undisturbed)[2]
+
+    def read(path):
+        if path == away:
+            raise OSError(code, os.strerror(code), str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read)
+        with pytest.raises(InputError, match=f"{away.name} cannot be read \\({os.strerror(code)}\\)"):
+            _label(undisturbed)
+    assert _content(undisturbed) == before
+
+
+def test_a_shard_that_another_process_removed_is_nobodys_damage(undisturbed, caplog):
+    """It was found damaged by two processes, of which one is late: by then the folder is finished again."""
+    before = _content(undisturbed)
+    late = PseudoLabelWriter(undisturbed, IDENTITY, NAMES, exclusive=False)
+    late.check_shards([(2, undisturbed / "shards" / f"shard-000002-{'0' * 64}.parquet"), *late.shards()[2:3]])
+    assert _content(undisturbed) == before and late.finished and not caplog.records
+
+
 def test_a_shard_made_twice_counts_once(tmp_path, undisturbed):
     """As by a process that outlived its run, with other scores (another GPU)."""
     with PseudoLabelWriter(tmp_path / "twice", IDENTITY, NAMES) as writer:
