@@ -45,7 +45,7 @@ RATES: dict[str, Rate] = {
     ),
     "hashed": Rate(8.6e6, "names a second hashed", _WRITERS),
     "written": Rate(1.2e6 / 10.5, "records a second written by a core", _STORE),
-    "record_bytes": Rate(206, "bytes a record on disk", _WRITERS),
+    "record_bytes": Rate(207, "bytes a record on disk", _WRITERS),
     "manifest_bytes": Rate(100, "bytes of the manifest for a shard", _WRITERS),
     "writer_megabytes": Rate(17, "MB of its own that a writer needs, at most", _WRITERS),
     "checked": Rate(1.2e6 / 0.4, "records a second checked on resuming", _STORE),
