@@ -78,6 +78,15 @@ def test_parts_import_only_what_they_may():
     assert found > 20
 
 
+def test_training_knows_nothing_of_the_loop():
+    """The loop uses the rest of the engine, and only what lies above the engine uses the loop."""
+    engine = PACKAGE / "engine"
+    files = [file for file in engine.rglob("*.py") if file.relative_to(engine).parts[0] != "loop"]
+    assert len(files) > 20
+    for file in files:
+        assert "selftrain_d2.engine.loop" not in file.read_text(encoding="utf-8"), file
+
+
 def test_import_fills_the_registries():
     for name in (
         "build_efficientnet_backbone",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from selftrain_d2.engine.seeds import seed_folder
+from selftrain_d2.engine.loop.seeds import seed_folder
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.cell_record import LOG, log_tail, program_words, shell_status
 from selftrain_d2.experiments.grid.local_runner import Devices, start_process, stop_processes

@@ -42,17 +42,17 @@ from selftrain_d2.cli.jobs import add_jobs_arguments, devices_of, run_seeds
 from selftrain_d2.cli.label_arguments import add_labels_argument, add_val_labels_argument, labels_as_coco
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.logs import log_to_console
-from selftrain_d2.engine.pipeline import self_train
-from selftrain_d2.engine.process_group import in_torchrun, main_process_leads
-from selftrain_d2.engine.seeds import (
+from selftrain_d2.engine.loop.pipeline import self_train
+from selftrain_d2.engine.loop.seeds import (
     seed_folder,
     seeds_to_markdown,
     self_train_seeds,
     with_draw,
     with_seed,
 )
-from selftrain_d2.engine.summary import to_markdown
-from selftrain_d2.engine.tasks import TASKS, Task
+from selftrain_d2.engine.loop.summary import to_markdown
+from selftrain_d2.engine.loop.tasks import TASKS, Task
+from selftrain_d2.engine.process_group import in_torchrun, main_process_leads
 from selftrain_d2.errors import InputError
 
 # Arguments of one task alone -> its field.

@@ -15,7 +15,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from selftrain_d2.engine.stage_record import flat_config
+from selftrain_d2.engine.flat_config import flat_config
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, write_json
 

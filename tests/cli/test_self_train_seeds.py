@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL_MODEL, assert_refused, make_coco_set
 
 from selftrain_d2.cli import jobs, main
-from selftrain_d2.engine import pipeline, seeds
+from selftrain_d2.engine.loop import pipeline, seeds
 
 
 @pytest.fixture

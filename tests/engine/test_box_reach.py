@@ -15,9 +15,9 @@ from selftrain_d2 import InputError, add_selftrain_config
 from selftrain_d2.cli import main
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.coco_file import dataset_dicts, read_coco
-from selftrain_d2.engine import pipeline
 from selftrain_d2.engine.box_reach import IMAGE_SIZES, box_reach, fit_anchors
 from selftrain_d2.engine.checks import build_without_memory
+from selftrain_d2.engine.loop import pipeline
 from selftrain_d2.modeling import anchors as anchors_module
 
 CONFIG = "Base-RetinaNet-EfficientNet-FPN.yaml"

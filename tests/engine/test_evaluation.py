@@ -20,7 +20,7 @@ from selftrain_d2 import InputError, add_selftrain_config
 from selftrain_d2.cli import main
 from selftrain_d2.cli.common import find_config
 from selftrain_d2.engine.launch import evaluate
-from selftrain_d2.engine.summary import to_markdown
+from selftrain_d2.engine.loop.summary import to_markdown
 from selftrain_d2.experiments.grid.cell_record import collect_results
 
 #: (height, width): square, wide, tall, small, a side that is rounded, a strip.

@@ -13,7 +13,7 @@ from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import class_names_of
 from selftrain_d2.engine.launch import DatasetSpec
-from selftrain_d2.engine.tasks import Task
+from selftrain_d2.engine.loop.tasks import Task
 
 #: Name of the registered dataset, known while the oracle is trained and at no other time.
 ORACLE = "selftrain_oracle"

@@ -22,7 +22,7 @@ from selftrain_d2.data.segmentation_datasets import load_segmentation_folder
 from selftrain_d2.data.tar_archive import PREFIX as TAR_PREFIX
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_masks
-from selftrain_d2.engine.tasks.base import (
+from selftrain_d2.engine.loop.tasks.base import (
     CONTACT_SHEET,
     LABELED,
     LEAST_PRECISION,

@@ -16,7 +16,8 @@ from detectron2.config import CfgNode
 
 from selftrain_d2.data.labeled_draw import draw_labeled
 from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
-from selftrain_d2.engine.findings import (
+from selftrain_d2.engine.logs import duration
+from selftrain_d2.engine.loop.findings import (
     difference,
     in_words,
     mean_value,
@@ -24,11 +25,10 @@ from selftrain_d2.engine.findings import (
     signed,
     value_of,
 )
-from selftrain_d2.engine.logs import duration
-from selftrain_d2.engine.pipeline import SEED_FOLDER, checked_loop, self_train
-from selftrain_d2.engine.summary import SUMMARY, SUMMARY_MARKDOWN
-from selftrain_d2.engine.tasks import TASKS, Task
-from selftrain_d2.engine.tasks.detection import Detection
+from selftrain_d2.engine.loop.pipeline import SEED_FOLDER, checked_loop, self_train
+from selftrain_d2.engine.loop.summary import SUMMARY, SUMMARY_MARKDOWN
+from selftrain_d2.engine.loop.tasks import TASKS, Task
+from selftrain_d2.engine.loop.tasks.detection import Detection
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, write_json, write_text, writing
 
@@ -56,7 +56,7 @@ def self_train_seeds(
 ) -> dict[str, Any]:
     """Run the loop once for each seed, in ``output/seed_N``, and sum up in ``summary.json`` and ``summary.md``.
 
-    Called again it goes on as :func:`~selftrain_d2.engine.pipeline.self_train` does, also with more seeds.
+    Called again it goes on as :func:`~selftrain_d2.engine.loop.pipeline.self_train` does, also with more seeds.
 
     Args:
         cfg, task, control, keep_going, options: of ``self_train``, but for SEED.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selftrain_d2.engine.intervals import Interval, PairedTest, mean_interval, paired_test
-from selftrain_d2.engine.tasks import TASKS
+from selftrain_d2.engine.loop.tasks import TASKS
 
 #: ``summary.json`` of the loop.
 Run = Mapping[str, Any]

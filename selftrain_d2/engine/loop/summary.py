@@ -14,9 +14,9 @@ from detectron2.config import CfgNode
 
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import fully_selected, selection_in_words
-from selftrain_d2.engine.findings import in_words
-from selftrain_d2.engine.tasks import TASKS, Task
-from selftrain_d2.engine.tasks.base import CONTACT_SHEET, evaluations
+from selftrain_d2.engine.loop.findings import in_words
+from selftrain_d2.engine.loop.tasks import TASKS, Task
+from selftrain_d2.engine.loop.tasks.base import CONTACT_SHEET, evaluations
 from selftrain_d2.files import write_json, write_text
 from selftrain_d2.labeling.generate import generate_pseudo_labels
 from selftrain_d2.labeling.views import see_once

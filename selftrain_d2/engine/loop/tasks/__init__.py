@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from selftrain_d2.engine.tasks.base import Task
-from selftrain_d2.engine.tasks.detection import Detection
-from selftrain_d2.engine.tasks.segmentation import Segmentation
+from selftrain_d2.engine.loop.tasks.base import Task
+from selftrain_d2.engine.loop.tasks.detection import Detection
+from selftrain_d2.engine.loop.tasks.segmentation import Segmentation
 
 __all__ = ["TASKS", "Detection", "Segmentation", "Task"]
 

@@ -13,6 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 
 from selftrain_d2.config import add_selftrain_config
+from selftrain_d2.engine.flat_config import flat_config
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, is_empty, read_json, write_json, writing
 from selftrain_d2.modeling.checkpoint import checkpoints_in
@@ -128,15 +129,3 @@ def _defaults() -> dict[str, Any]:
     cfg = get_cfg()
     add_selftrain_config(cfg)
     return json.loads(json.dumps(flat_config(cfg)))
-
-
-def flat_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """The keys of a config, such as "SOLVER.MAX_ITER", with their values."""
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        key = f"{prefix}{key}"
-        if isinstance(value, CfgNode):
-            flat.update(flat_config(value, f"{key}."))
-        else:
-            flat[key] = value
-    return flat

@@ -38,7 +38,11 @@ from selftrain_d2.engine.launch import (
     train,
     unlabeled_images,
 )
-from selftrain_d2.engine.oracle import ORACLE, true_labels
+from selftrain_d2.engine.loop.oracle import ORACLE, true_labels
+from selftrain_d2.engine.loop.stage_record import PLACE, STARTING_WEIGHTS, run_stage, stage_settings
+from selftrain_d2.engine.loop.summary import write_summary
+from selftrain_d2.engine.loop.tasks import Task
+from selftrain_d2.engine.loop.tasks.base import LABELED, VALIDATION
 from selftrain_d2.engine.process_group import (
     Processes,
     check_processes,
@@ -47,10 +51,6 @@ from selftrain_d2.engine.process_group import (
 )
 from selftrain_d2.engine.run_folder import MOVING_TEACHER
 from selftrain_d2.engine.stage import with_stage
-from selftrain_d2.engine.stage_record import PLACE, STARTING_WEIGHTS, run_stage, stage_settings
-from selftrain_d2.engine.summary import write_summary
-from selftrain_d2.engine.tasks import Task
-from selftrain_d2.engine.tasks.base import LABELED, VALIDATION
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels

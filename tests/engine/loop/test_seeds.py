@@ -5,8 +5,8 @@ import json
 import pytest
 from detectron2.config import get_cfg
 
-from selftrain_d2.engine import seeds
-from selftrain_d2.engine.seeds import seeds_to_markdown, self_train_seeds, sum_up
+from selftrain_d2.engine.loop import seeds
+from selftrain_d2.engine.loop.seeds import seeds_to_markdown, self_train_seeds, sum_up
 
 VALUES = {
     "teacher": (30.0, 31.0, 32.0),

@@ -15,8 +15,8 @@ from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.data.training_sets import get_pseudo_dicts
 from selftrain_d2.engine.launch import registered
-from selftrain_d2.engine.oracle import ORACLE, true_labels
-from selftrain_d2.engine.tasks import Detection, Segmentation
+from selftrain_d2.engine.loop.oracle import ORACLE, true_labels
+from selftrain_d2.engine.loop.tasks import Detection, Segmentation
 
 NAMES = ["003.png", "001.png", "broken.png", "002.png"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from selftrain_d2.engine.findings import in_words, share_of_ceiling
+from selftrain_d2.engine.loop.findings import in_words, share_of_ceiling
 
 
 def run(seed=0, task="detection", metric=("bbox", "AP"), labels=None, **values):

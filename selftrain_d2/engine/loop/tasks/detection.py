@@ -19,7 +19,7 @@ from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
 from selftrain_d2.data.pseudo_labels.selection import fully_selected
 from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.engine.launch import DatasetSpec, human_labels, registered
-from selftrain_d2.engine.tasks.base import (
+from selftrain_d2.engine.loop.tasks.base import (
     CONTACT_SHEET,
     LABELED,
     LEAST_PRECISION,
