@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import remove_unfinished, writing
+from selftrain_d2.folder_lock import FolderLock
 from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
 from selftrain_d2.processes import on_main_process
 

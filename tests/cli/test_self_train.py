@@ -20,9 +20,9 @@ from detectron2.data import DatasetCatalog
 
 from selftrain_d2 import InputError, SelfTrainingTrainer, load_pseudo_labels
 from selftrain_d2.cli import main
-from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.engine.loop import pipeline, stage_record
 from selftrain_d2.engine.loop.tasks import Detection
+from selftrain_d2.folder_lock import FolderLock
 from selftrain_d2.modeling.checkpoint import file_sha256
 
 STEPS = ["SOLVER.MAX_ITER", "3", "SELFTRAIN.SCORE_THRESH", "0.005"]

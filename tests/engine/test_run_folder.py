@@ -12,9 +12,9 @@ from detectron2.engine import HookBase, hooks
 
 from selftrain_d2 import InputError, SelfTrainingTrainer
 from selftrain_d2.cli import main, train_net
-from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.engine.logs import log_to_file
 from selftrain_d2.engine.run_folder import drop_rows
+from selftrain_d2.folder_lock import FolderLock
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from selftrain_d2.data.pseudo_labels.folder_lock import LOCK, FolderLock
 from selftrain_d2.data.pseudo_labels.manifest import FORMAT, MANIFEST, NameHash, count_contents, kind_of
 from selftrain_d2.data.pseudo_labels.masks import (
     MASKS,
@@ -37,6 +36,7 @@ from selftrain_d2.data.pseudo_labels.selection import class_names_of
 from selftrain_d2.data.pseudo_labels.shards import is_intact, list_shards, read_shard, write_shard
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import check_unchanged, read_json, write_json, writing
+from selftrain_d2.folder_lock import LOCK, FolderLock
 from selftrain_d2.storage import check_local
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from torch import nn
 from selftrain_d2.data.datasets import load_images, register_dataset
 from selftrain_d2.data.image_headers import check_images
 from selftrain_d2.data.image_sources import check_outside
-from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.pseudo_labels.selection import (
     check_counts,
@@ -53,6 +52,7 @@ from selftrain_d2.engine.run_folder import MOVING_TEACHER
 from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, writing
+from selftrain_d2.folder_lock import FolderLock
 from selftrain_d2.labeling.generate import check_labeling, generate_pseudo_labels
 from selftrain_d2.labeling.views import views
 from selftrain_d2.modeling.checkpoint import file_sha256, require_same_backbone, run_weights

@@ -15,7 +15,6 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from selftrain_d2.data.labeled_draw import draw_labeled
-from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
 from selftrain_d2.engine.logs import duration
 from selftrain_d2.engine.loop.findings import (
     difference,
@@ -31,6 +30,7 @@ from selftrain_d2.engine.loop.tasks import TASKS, Task
 from selftrain_d2.engine.loop.tasks.detection import Detection
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, write_json, write_text, writing
+from selftrain_d2.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 

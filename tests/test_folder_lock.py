@@ -9,7 +9,7 @@ import time
 import pytest
 
 from selftrain_d2 import InputError
-from selftrain_d2.data.pseudo_labels.folder_lock import FolderLock
+from selftrain_d2.folder_lock import FolderLock
 
 
 def _hold(folder, pipe):
