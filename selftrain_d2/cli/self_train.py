@@ -42,6 +42,7 @@ from selftrain_d2.cli.jobs import add_jobs_arguments, devices_of, run_seeds
 from selftrain_d2.cli.label_arguments import add_labels_argument, add_val_labels_argument, labels_as_coco
 from selftrain_d2.data.image_sources import check_outside
 from selftrain_d2.engine.logs import log_to_console
+from selftrain_d2.engine.loop.options import LoopOptions
 from selftrain_d2.engine.loop.pipeline import self_train
 from selftrain_d2.engine.loop.seeds import (
     seed_folder,
@@ -197,28 +198,28 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     seeds, devices = _seeds(args), devices_of(args)
     if args.teacher is not None:
         cfg.SELFTRAIN.TEACHER = _TEACHERS[args.teacher]
-    options = {
-        "rounds": args.rounds,
-        "control": args.control,
-        "oracle": args.oracle,
-        "keep_going": args.keep_going,
-        "score_floor": args.score_floor,
-        "fit_anchors": args.fit_anchors,
-        "allow_unsafe": args.allow_unsafe,
-        "processes": processes_of(args),
-    }
+    options = LoopOptions(
+        rounds=args.rounds,
+        control=args.control,
+        oracle=args.oracle,
+        keep_going=args.keep_going,
+        score_floor=args.score_floor,
+        fit_anchors=args.fit_anchors,
+        allow_unsafe=args.allow_unsafe,
+        processes=processes_of(args),
+    )
     if args.one_seed is not None:
         seed = args.one_seed
         task = task if args.draw is None else with_draw(task, args.output, seed, args.draw)
-        self_train(with_seed(cfg, seed), task, seed_folder(args.output, seed), **options)
+        self_train(with_seed(cfg, seed), task, seed_folder(args.output, seed), options)
     elif seeds:
         run_all = functools.partial(run_seeds, args.words, args.output, devices) if devices.jobs > 1 else None
         summary = self_train_seeds(
-            cfg, task, args.output, seeds, run_all, jobs=devices.jobs, draw=args.draw, **options
+            cfg, task, args.output, seeds, run_all, jobs=devices.jobs, draw=args.draw, options=options
         )
         print("\n" + seeds_to_markdown(summary))
     else:
-        print("\n" + to_markdown(self_train(cfg, task, args.output, **options)))
+        print("\n" + to_markdown(self_train(cfg, task, args.output, options)))
 
 
 def _seeds(args: argparse.Namespace) -> list[int]:

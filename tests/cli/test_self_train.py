@@ -20,7 +20,8 @@ from detectron2.data import DatasetCatalog
 
 from selftrain_d2 import InputError, SelfTrainingTrainer, load_pseudo_labels
 from selftrain_d2.cli import main
-from selftrain_d2.engine.loop import pipeline, stage_record
+from selftrain_d2.engine.loop import stage_record
+from selftrain_d2.engine.loop import stages as loop_stages
 from selftrain_d2.engine.loop.tasks import Detection
 from selftrain_d2.folder_lock import FolderLock
 from selftrain_d2.modeling.checkpoint import file_sha256
@@ -55,7 +56,7 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
         shutil.copy(
             tmp_path / part / "images" / f"{number:03d}.png", tmp_path / "unlabeled" / "images" / copy
         )
-    known, train = {}, pipeline.train
+    known, train = {}, loop_stages.train
 
     def note_datasets(cfg, datasets, **options):
         known[os.path.basename(cfg.OUTPUT_DIR)] = [name for name, *_ in datasets]
@@ -63,7 +64,7 @@ def test_the_loop(command, tmp_path, monkeypatch, capsys):
         train(cfg, datasets, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train", note_datasets)
+        patch.setattr(loop_stages, "train", note_datasets)
         assert main(command) == 0
     output = tmp_path / "output"
     summary = json.loads((output / "summary.json").read_text())
@@ -430,7 +431,7 @@ def stops(monkeypatch):
 
     stops = Stops()
     stops.calls = []
-    monkeypatch.setattr(pipeline, "train", stops)
+    monkeypatch.setattr(loop_stages, "train", stops)
     return stops
 
 

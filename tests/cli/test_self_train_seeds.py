@@ -8,7 +8,8 @@ import pytest
 from conftest import SMALL_MODEL, assert_refused, make_coco_set
 
 from selftrain_d2.cli import jobs, main
-from selftrain_d2.engine.loop import pipeline, seeds
+from selftrain_d2.engine.loop import seeds
+from selftrain_d2.engine.loop import stages as loop_stages
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def command(tmp_path):
 
 @pytest.mark.slow
 def test_stopped_in_the_second_seed_and_resumed(command, tmp_path, monkeypatch, capsys):
-    output, train = tmp_path / "output", pipeline.train
+    output, train = tmp_path / "output", loop_stages.train
 
     def until_the_second_student(cfg, *arguments, **options):
         if cfg.OUTPUT_DIR.endswith("seed_1/student"):
@@ -36,7 +37,7 @@ def test_stopped_in_the_second_seed_and_resumed(command, tmp_path, monkeypatch, 
         train(cfg, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train", until_the_second_student)
+        patch.setattr(loop_stages, "train", until_the_second_student)
         assert main(command) == 130
     assert "1 of 2 seeds, about" in capsys.readouterr().out and not (output / "summary.json").exists()
     made = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.suffix in (".pth", ".parquet")}
@@ -122,7 +123,7 @@ def _drawing(command, number="1"):
 def test_each_seed_has_its_own_draw(command, tmp_path, monkeypatch):
     tasks = {}
 
-    def noted(cfg, task, output, **options):
+    def noted(cfg, task, output, options):
         tasks[cfg.SEED] = task
         stages = {"student": {"metrics": {"bbox": {"AP": 1.0}}, "seconds": 60.0}}
         stages["pseudo_labels"] = {"boxes": 4, "images": 2, "skipped": 0, "seconds": 60.0}

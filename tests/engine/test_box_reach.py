@@ -17,7 +17,7 @@ from selftrain_d2.cli.common import find_config
 from selftrain_d2.data.coco_file import dataset_dicts, read_coco
 from selftrain_d2.engine.box_reach import IMAGE_SIZES, box_reach, fit_anchors
 from selftrain_d2.engine.checks import build_without_memory
-from selftrain_d2.engine.loop import pipeline
+from selftrain_d2.engine.loop import stages
 from selftrain_d2.modeling import anchors as anchors_module
 
 CONFIG = "Base-RetinaNet-EfficientNet-FPN.yaml"
@@ -228,9 +228,9 @@ def test_all_stages_of_the_loop_have_them(tiny, tmp_path, monkeypatch):
         seen.append(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
         raise InputError("stopped here")
 
-    monkeypatch.setattr(pipeline, "train", stop)
-    loops, made = [], pipeline._Loop.__init__
-    monkeypatch.setattr(pipeline._Loop, "__init__", lambda loop, *a: (made(loop, *a), loops.append(loop))[0])
+    monkeypatch.setattr(stages, "train", stop)
+    loops, made = [], stages.Stages.__init__
+    monkeypatch.setattr(stages.Stages, "__init__", lambda loop, *a: (made(loop, *a), loops.append(loop))[0])
     command = [
         "self-train", "--fit-anchors", "--config-file", CONFIG, "--labeled-json", tiny.json_file,
         "--labeled-images", tiny.images, "--unlabeled-images", unlabeled.images, "--output", str(tmp_path / "output"),

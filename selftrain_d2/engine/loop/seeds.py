@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 
 from selftrain_d2.data.labeled_draw import draw_labeled
 from selftrain_d2.engine.logs import duration
+from selftrain_d2.engine.loop.checks import SEED_FOLDER, checked_stages
 from selftrain_d2.engine.loop.findings import (
     difference,
     in_words,
@@ -24,7 +25,8 @@ from selftrain_d2.engine.loop.findings import (
     signed,
     value_of,
 )
-from selftrain_d2.engine.loop.pipeline import SEED_FOLDER, checked_loop, self_train
+from selftrain_d2.engine.loop.options import LoopOptions
+from selftrain_d2.engine.loop.pipeline import self_train
 from selftrain_d2.engine.loop.summary import SUMMARY, SUMMARY_MARKDOWN
 from selftrain_d2.engine.loop.tasks import TASKS, Task
 from selftrain_d2.engine.loop.tasks.detection import Detection
@@ -50,16 +52,14 @@ def self_train_seeds(
     *,
     jobs: int = 1,
     draw: int | None = None,
-    control: bool = False,
-    keep_going: bool = False,
-    **options: Any,
+    options: LoopOptions | None = None,
 ) -> dict[str, Any]:
     """Run the loop once for each seed, in ``output/seed_N``, and sum up in ``summary.json`` and ``summary.md``.
 
     Called again it goes on as :func:`~selftrain_d2.engine.loop.pipeline.self_train` does, also with more seeds.
 
     Args:
-        cfg, task, control, keep_going, options: of ``self_train``, but for SEED.
+        cfg, task, options: of ``self_train``, but for SEED.
         output: folder of all seeds.
         seeds: at least one, each once.
         run_all: how to run them; by default one after the other in this process.
@@ -79,7 +79,8 @@ def self_train_seeds(
             "to go on."
         )
     tasks = {seed: task if draw is None else with_draw(task, output, seed, draw) for seed in seeds}
-    checked_loop(with_seed(cfg, seeds[0]), tasks[seeds[0]], seed_folder(output, seeds[0]), **options)
+    options = options or LoopOptions()
+    checked_stages(with_seed(cfg, seeds[0]), tasks[seeds[0]], seed_folder(output, seeds[0]), options)
     runs: dict[int, dict[str, Any]] = {}
 
     def finished(seed: int) -> None:
@@ -89,8 +90,7 @@ def self_train_seeds(
     def one_after_the_other(seeds: Sequence[int], finished: Callable[[int], None]) -> None:
         for seed in seeds:
             logger.info(f"Seed {seed}: {seed_folder(output, seed)}")
-            arguments = with_seed(cfg, seed), tasks[seed], seed_folder(output, seed)
-            self_train(*arguments, control=control, keep_going=keep_going, **options)
+            self_train(with_seed(cfg, seed), tasks[seed], seed_folder(output, seed), options)
             finished(seed)
 
     with writing(output):

@@ -6,6 +6,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from selftrain_d2.engine.loop import seeds
+from selftrain_d2.engine.loop.options import LoopOptions
 from selftrain_d2.engine.loop.seeds import seeds_to_markdown, self_train_seeds, sum_up
 
 VALUES = {
@@ -64,7 +65,7 @@ def test_one_after_the_other_stopped_and_resumed(tmp_path, monkeypatch):
     """Each seed has its folder, its SEED and the same options; there is a summary when all are done."""
     called, stop = [], {"at": 2}
 
-    def loop(cfg, task, output, **options):
+    def loop(cfg, task, output, options):
         called.append((cfg.SEED, output, options))
         if stop["at"] == cfg.SEED:
             raise KeyboardInterrupt
@@ -73,21 +74,22 @@ def test_one_after_the_other_stopped_and_resumed(tmp_path, monkeypatch):
         (output / "summary.json").write_text(json.dumps(make_run(cfg.SEED, values)))
 
     monkeypatch.setattr(seeds, "self_train", loop)
-    monkeypatch.setattr(seeds, "checked_loop", lambda *arguments, **options: None)
+    monkeypatch.setattr(seeds, "checked_stages", lambda *arguments: None)
     cfg, output, lines = get_cfg(), tmp_path / "output", []
+    asked = LoopOptions(control=True, rounds=2)
     monkeypatch.setattr(seeds.logger, "info", lines.append)
     with pytest.raises(KeyboardInterrupt):
-        self_train_seeds(cfg, "task", output, [1, 2, 3], control=True, rounds=2)
+        self_train_seeds(cfg, "task", output, [1, 2, 3], options=asked)
     # Three stages took a minute each, and two seeds are left.
     assert "Seed 1: finished, student 32.0 AP, control 30.0 AP; 1 of 3 seeds, about 6 min to go" in lines
     assert not (output / "summary.json").exists()
 
     stop["at"] = None
-    summary = self_train_seeds(cfg, "task", output, [1, 2, 3], control=True, rounds=2)
+    summary = self_train_seeds(cfg, "task", output, [1, 2, 3], options=asked)
     assert [(seed, folder.name) for seed, folder, _ in called] == [
         (1, "seed_1"), (2, "seed_2"), (1, "seed_1"), (2, "seed_2"), (3, "seed_3"),
     ]  # fmt: skip
-    assert all(options == {"control": True, "keep_going": False, "rounds": 2} for *_, options in called)
+    assert all(options == asked for *_, options in called)
     assert json.loads((output / "summary.json").read_text()) == summary and cfg.SEED == -1
     assert summary["differences"]["student - control"]["by_seed"] == [2.0, 3.0, 4.0]
     assert (output / "summary.md").read_text() == seeds_to_markdown(summary)
