@@ -20,11 +20,11 @@ from selftrain_d2.engine.config_checks import (
     check_score_weights,
     check_test_sets,
 )
-from selftrain_d2.engine.loss_normalizer import check_keeps_losses_apart
-from selftrain_d2.engine.moving_teacher import step_selection
+from selftrain_d2.engine.hooks.loss_normalizer import check_keeps_losses_apart
+from selftrain_d2.engine.hooks.moving_teacher import step_selection
+from selftrain_d2.engine.hooks.weight_average import WeightAverage
 from selftrain_d2.engine.trackers import check_trackers
 from selftrain_d2.engine.trainer import SelfTrainingTrainer, build_loss_normalizer
-from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch.classification import add_classification_head
 

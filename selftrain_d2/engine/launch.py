@@ -36,8 +36,8 @@ from selftrain_d2.data.training_sets import count_human_boxes
 from selftrain_d2.engine.box_reach import tell_box_reach
 from selftrain_d2.engine.coco_evaluation import check_evaluation
 from selftrain_d2.engine.config_checks import check_evaluated_classes, check_test_sets
+from selftrain_d2.engine.hooks.loss_normalizer import model_of
 from selftrain_d2.engine.logs import log_to_console, log_to_file
-from selftrain_d2.engine.loss_normalizer import model_of
 from selftrain_d2.engine.process_group import Processes, restarted, run_in_processes
 from selftrain_d2.engine.run_folder import RESULTS, check_run_folder, drop_rows, held
 from selftrain_d2.engine.stage import with_stage

@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
-from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.engine.hooks.loss_normalizer import model_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.engine.hooks.loss_normalizer import model_of
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.backbone.norm import single_values_explained
 from selftrain_d2.modeling.meta_arch.by_source import LABEL_SOURCES, by_source, pseudo_labels_in_words

@@ -38,11 +38,12 @@ from selftrain_d2.engine.config_checks import (
     check_test_sets,
 )
 from selftrain_d2.engine.config_values import one_line
-from selftrain_d2.engine.gradient_check import GradientCheck
+from selftrain_d2.engine.hooks.gradient_check import GradientCheck
+from selftrain_d2.engine.hooks.label_monitor import LabelMonitor
+from selftrain_d2.engine.hooks.loss_normalizer import LossNormalizer, model_of
+from selftrain_d2.engine.hooks.moving_teacher import build_moving_teacher
+from selftrain_d2.engine.hooks.weight_average import WeightAverage
 from selftrain_d2.engine.kept_checkpoints import BestCheckpoint, LastCheckpoints
-from selftrain_d2.engine.label_monitor import LabelMonitor
-from selftrain_d2.engine.loss_normalizer import LossNormalizer, model_of
-from selftrain_d2.engine.moving_teacher import build_moving_teacher
 from selftrain_d2.engine.orderly_end import OrderlyEnd
 from selftrain_d2.engine.refine import refining_schedule
 from selftrain_d2.engine.replay import save_batch
@@ -52,7 +53,6 @@ from selftrain_d2.engine.stage import with_stage
 from selftrain_d2.engine.step_trainer import StepTrainer
 from selftrain_d2.engine.trackers import Tracker, build_trackers, check_trackers
 from selftrain_d2.engine.validation_loss import ValidationLoss, add_to_results
-from selftrain_d2.engine.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import (
     WEIGHT_AVERAGE,
@@ -77,9 +77,9 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
     the images that it would have seen. With DATASETS.CLASSIFICATION_TRAIN the model has a head for joint training.
     With SELFTRAIN.WEIGHT_EMA_DECAY the averaged weights are evaluated, and saved at the end as
     ``OUTPUT_DIR/weight_average/model_final.pth``. With SELFTRAIN.TEACHER "moving_average" pseudo-labeled images get
-    their labels in each step (:class:`~selftrain_d2.engine.moving_teacher.MovingTeacher`), from weights that are saved
-    at the end as ``OUTPUT_DIR/moving_teacher/model_final.pth``. With TEST.BEST_METRIC the best weights of all that were
-    evaluated are in ``OUTPUT_DIR/best/model_best.pth``.
+    their labels in each step (:class:`~selftrain_d2.engine.hooks.moving_teacher.MovingTeacher`), from weights that are
+    saved at the end as ``OUTPUT_DIR/moving_teacher/model_final.pth``. With TEST.BEST_METRIC the best weights of all
+    that were evaluated are in ``OUTPUT_DIR/best/model_best.pth``.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_unsafe: bool = False):

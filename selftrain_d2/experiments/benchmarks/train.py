@@ -20,7 +20,7 @@ from torch import nn
 from selftrain_d2.config import add_selftrain_config
 from selftrain_d2.data.pseudo_labels.selection import matching_threshold
 from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
-from selftrain_d2.engine.moving_teacher import MovingTeacher
+from selftrain_d2.engine.hooks.moving_teacher import MovingTeacher
 from selftrain_d2.experiments.benchmarks.timing import markdown_table, ratio, spread, time_in_turns
 from selftrain_d2.labeling.step_labels import set_score_floor
 

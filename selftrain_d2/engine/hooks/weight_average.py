@@ -11,7 +11,7 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.engine.hooks.loss_normalizer import model_of
 from selftrain_d2.errors import InputError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.engine import HookBase
 
-from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.engine.hooks.loss_normalizer import model_of
 from selftrain_d2.errors import InputError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from selftrain_d2.engine.gradient_check import GradientCheck
+from selftrain_d2.engine.hooks.gradient_check import GradientCheck
 from selftrain_d2.errors import InputError
 
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from selftrain_d2.engine.loss_normalizer import model_of
+from selftrain_d2.engine.hooks.loss_normalizer import model_of
 from selftrain_d2.modeling.meta_arch.by_source import LABEL_KINDS, LABEL_SOURCES
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from selftrain_d2.data.augmentation import AutoAugment
 from selftrain_d2.data.datasets import class_names
 from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
-from selftrain_d2.engine.teacher_check import PATIENCE, WORSE, TeacherCheck
-from selftrain_d2.engine.weight_average import WeightAverage
+from selftrain_d2.engine.hooks.teacher_check import PATIENCE, WORSE, TeacherCheck
+from selftrain_d2.engine.hooks.weight_average import WeightAverage
 from selftrain_d2.errors import InputError
 from selftrain_d2.labeling.step_labels import (
     StepSelection,

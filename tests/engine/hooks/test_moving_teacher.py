@@ -32,8 +32,8 @@ from selftrain_d2.data.segmentation_datasets import register_segmentation_folder
 from selftrain_d2.data.training_sets import get_human_dicts
 from selftrain_d2.data.unlabeled_mapper import UnlabeledImageMapper
 from selftrain_d2.engine.checks import check_training
-from selftrain_d2.engine.moving_teacher import step_selection
-from selftrain_d2.engine.teacher_check import TeacherCheck
+from selftrain_d2.engine.hooks.moving_teacher import step_selection
+from selftrain_d2.engine.hooks.teacher_check import TeacherCheck
 
 NAMES = [f"{i:03d}.png" for i in range(1, 7)]
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selftrain_d2.engine.label_monitor import LabelMonitor
+from selftrain_d2.engine.hooks.label_monitor import LabelMonitor
 from selftrain_d2.modeling.meta_arch.by_source import LabelCounts, no_labels
 
 
@@ -108,7 +108,7 @@ def test_dense_pseudo_masks_beside_sparse_human_ones_are_no_explosion(warnings_o
 def test_an_image_with_boxes_and_a_mask_is_one_image(monkeypatch):
     """A step takes a second, by this clock."""
     clock = iter(range(100))
-    monkeypatch.setattr("selftrain_d2.engine.label_monitor.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("selftrain_d2.engine.hooks.label_monitor.time.perf_counter", lambda: next(clock))
     trainer = _Trainer()
     trainer.run(LabelMonitor(period=3), 3, (2, 1.0, 0), (3, 1.0, 1), kinds=["boxes", "pixels"])
     assert trainer.logged["images_per_second"] == 5.0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from selftrain_d2 import InputError, SelfTrainingTrainer
-from selftrain_d2.engine.weight_average import WeightAverage
+from selftrain_d2.engine.hooks.weight_average import WeightAverage
 from selftrain_d2.modeling.checkpoint import load_weights
 
 
