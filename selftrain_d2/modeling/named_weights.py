@@ -1,4 +1,4 @@
-"""Published weights by name in MODEL.WEIGHTS: ``timm://tf_efficientnet_b0.ns_jft_in1k``.
+"""Published weights by name in MODEL.WEIGHTS: ``timm://tf_efficientnet_b0.ns_jft_in1k``, ``effdet://tf_efficientdet_d0``.
 
 A scheme is an entry of SCHEMES. Its files lie in the library's own cache; they are converted in memory when loaded.
 """
@@ -15,7 +15,8 @@ from iopath.common.file_io import PathHandler
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint_file import read_checkpoint, state_dict_of
-from selftrain_d2.modeling.weight_conversion import converted_state
+from selftrain_d2.modeling.efficientdet_weights import EFFICIENTDET_NAMES
+from selftrain_d2.modeling.weight_conversion import INPUT_STATISTICS, converted_state
 
 
 class Scheme(NamedTuple):
@@ -73,15 +74,23 @@ def _timm_config(name: str) -> Any:
 def _fetch_from_timm(name: str) -> str:
     _backbone_of_timm(name)
     config = _timm_config(name)
+    if not config.hf_hub_id:
+        return _fetch(f"timm://{name}", "download_cached_file", config.url)
+    return _fetch(
+        f"timm://{name}", "download_from_hf", config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
+    )
+
+
+def _fetch(path: str, function: str, *where: str) -> str:
+    """A file in timm's cache, by one of the functions of its hub."""
+    _timm()
     from timm.models import _hub
 
     try:
-        if not config.hf_hub_id:
-            return str(_hub.download_cached_file(config.url))
-        return _hub.download_from_hf(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+        return str(getattr(_hub, function)(*where))
     except Exception as error:  # of the hub, of its HTTP client, or of the system
         raise InputError(
-            f"MODEL.WEIGHTS timm://{name} are not in timm's cache and cannot be fetched ({type(error).__name__}): "
+            f"MODEL.WEIGHTS {path} are not in timm's cache and cannot be fetched ({type(error).__name__}): "
             "connect to the network once, or copy the cache of a machine that has them."
         ) from error
 
@@ -108,8 +117,46 @@ def _convert_from_timm(name: str, state: dict[str, torch.Tensor]) -> dict[str, A
     }
 
 
+def _effdet_config(name: str) -> Any:
+    """effdet's own record of a detector: where its weights are and what they were trained with."""
+    try:
+        from effdet.config import get_efficientdet_config
+    except ImportError as error:
+        raise InputError("Weights effdet://... need effdet: pip install effdet.") from error
+    try:
+        config = get_efficientdet_config(name)
+    except KeyError:
+        config = None
+    if config is None or not config.url or _detector_of_effdet(name) not in EFFICIENTDET_NAMES:
+        raise InputError(
+            f"MODEL.WEIGHTS effdet://{name}: there are the authors' own weights of tf_efficientdet_d0 to d7 and d7x, "
+            "and with AdvProp, such as tf_efficientdet_d0_ap, to d5."
+        )
+    return config
+
+
+def _detector_of_effdet(name: str) -> str:
+    """ "tf_efficientdet_d0_ap" to "efficientdet-d0"."""
+    match = re.fullmatch(r"tf_(efficientdet)_(d\dx?)(_ap)?", name)
+    return f"{match[1]}-{match[2]}" if match else ""
+
+
+def _fetch_from_effdet(name: str) -> str:
+    return _fetch(f"effdet://{name}", "download_cached_file", _effdet_config(name).url)
+
+
+def _convert_from_effdet(name: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    # effdet's preprocessing is ImageNet's where its record does not say otherwise.
+    kind = "inception" if _effdet_config(name).get("mean") else "imagenet"
+    statistics = INPUT_STATISTICS[kind]
+    detector = _detector_of_effdet(name)
+    converted = converted_state(state, "effdet", detector, f"effdet://{name}", statistics)
+    return {"model": converted.model, "input": converted.input, **converted.facts}
+
+
 SCHEMES = {
     "timm": Scheme(_fetch_from_timm, _convert_from_timm),
+    "effdet": Scheme(_fetch_from_effdet, _convert_from_effdet),
 }
 
 

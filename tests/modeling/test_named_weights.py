@@ -1,5 +1,8 @@
 """Weights by name, from a cache that the test makes: nothing is downloaded."""
 
+from urllib.error import URLError
+
+import effdet
 import huggingface_hub
 import pytest
 import timm
@@ -10,6 +13,7 @@ from safetensors.torch import save_file
 
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.checkpoint import check_input_statistics, load_weights
+from selftrain_d2.modeling.efficientdet_weights import config_of
 from selftrain_d2.modeling.named_weights import scheme_of
 
 NAME = "tf_efficientnet_b0.ap_in1k"  # AdvProp: trained with other statistics than ImageNet's
@@ -72,6 +76,54 @@ def test_another_backbone_is_refused(cache, small_config):
 def test_what_cannot_be_had_is_one_sentence(name, words, cache, small_config):
     with pytest.raises(InputError, match=words):
         load_weights(build_model(small_config), f"timm://{name}")
+
+
+def build_efficientdet_d0():
+    cfg = config_of("efficientdet-d0")
+    cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of files from addresses, which timm's hub shares with PyTorch's, and no network."""
+
+    def unreachable(*arguments, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(timm.models._hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(timm.models._hub, "download_url_to_file", unreachable)
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"), [("tf_efficientdet_d0", 123.675), ("tf_efficientdet_d0_ap", 127.5)]
+)
+def test_the_detector_is_effdets(name, mean, hub):
+    torch.manual_seed(0)
+    config = effdet.get_efficientdet_config(name)
+    reference = effdet.EfficientDet(config, pretrained_backbone=False)
+    torch.save(reference.state_dict(), hub / config.url.rsplit("/", 1)[1])
+    model = build_efficientdet_d0()
+    report = load_weights(model, f"effdet://{name}")
+    stem = model.backbone.bottom_up._conv_stem.weight
+    assert torch.equal(stem, reference.backbone.conv_stem.weight)
+    places = [key for key in report.missing if "anchor" not in key]
+    assert not places and report.input["pixel_mean"][0] == mean
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tf_efficientdet_d0", "not in timm's cache and cannot be fetched"),
+        ("tf_efficientdet_d9", "of tf_efficientdet_d0 to d7 and d7x"),
+        ("efficientdet_d0", "of tf_efficientdet_d0 to d7 and d7x"),  # pads otherwise
+    ],
+)
+def test_what_cannot_be_had_from_effdet_is_one_sentence(name, words, hub):
+    with pytest.raises(InputError, match=words):
+        load_weights(build_efficientdet_d0(), f"effdet://{name}")
 
 
 def test_paths_are_no_names():
