@@ -1,8 +1,6 @@
-"""Who does which piece of work: in threads that share a store, as processes do."""
+"""Who does which piece of work, of those that share a store."""
 
-import threading
 import time
-from collections import Counter
 
 import pytest
 import torch.distributed as dist
@@ -23,26 +21,21 @@ class _Work:
         there = {piece for piece, _ in self.done}
         return [piece for piece in PIECES if piece not in there]
 
-    def __call__(self, claims, who, seconds=0.0):
+    def __call__(self, claims, who):
         for pieces in claims.rounds(self.unfinished):
             for piece in pieces:
-                time.sleep(seconds)
                 self.done.append((piece, who))
 
 
-def test_each_piece_is_done_once_and_the_slow_one_does_less():
+def test_each_piece_is_done_once_and_a_slow_one_holds_nobody_up():
     store, work = dist.HashStore(), _Work()
-    threads = [
-        threading.Thread(target=work, args=(Claims(store, 60), who, seconds))
-        for who, seconds in (("fast", 0.005), ("slow", 0.05))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(piece for piece, _ in work.done) == PIECES
-    number = Counter(who for _, who in work.done)
-    assert number["fast"] > 2 * number["slow"] > 0
+    slow, fast = (Claims(store, 60).rounds(work.unfinished) for _ in range(2))
+    of_slow, of_fast = next(slow), next(fast)
+    its = next(of_slow)
+    others = list(of_fast)  # while the slow one is at its first
+    assert sorted([its, *others]) == PIECES
+    work.done = [(piece, "fast") for piece in others] + [(its, "slow")]
+    assert not list(of_slow) and not list(slow) and not list(fast)
 
 
 def test_pieces_of_one_that_died_are_done_after_the_stated_time():
@@ -69,19 +62,20 @@ def test_two_share_what_one_left_and_a_late_one_is_not_done_twice():
     assert next(theirs) == 4
 
 
-def test_it_waits_as_long_as_others_finish_something():
+def test_it_waits_as_long_as_others_finish_something(monkeypatch):
     store, work = dist.HashStore(), _Work()
     gone = next(Claims(store, 60).rounds(work.unfinished))
     slow = [next(gone) for _ in PIECES]
 
-    def finish():
-        for piece in slow:
-            time.sleep(0.04)  # 1.6 seconds in all
-            work.done.append((piece, "slow"))
+    def wait_until(condition, seconds):
+        """The time in which the slow one finishes one piece."""
+        assert seconds == 0.5
+        work.done.append((slow.pop(0), "slow"))
+        return condition()
 
-    threading.Thread(target=finish).start()
+    monkeypatch.setattr(claims_module, "wait_until", wait_until)
     work(Claims(store, 0.5), "other")
-    assert all(who == "slow" for _, who in work.done) and not work.unfinished()
+    assert not slow and all(who == "slow" for _, who in work.done) and not work.unfinished()
 
 
 class _Gone:
