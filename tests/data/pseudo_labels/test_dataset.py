@@ -271,7 +271,7 @@ def test_moved_images_and_no_images(tmp_path):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_loader_workers_read_it(labels, context):
     loader = DataLoader(
-        labels, 7, num_workers=1, collate_fn=_first_to_last, multiprocessing_context=context, timeout=60
+        labels, 7, num_workers=1, collate_fn=_first_to_last, multiprocessing_context=context, timeout=1800
     )
     batches = list(loader)
     assert list(itertools.chain(*batches)) == list(labels)
