@@ -228,10 +228,8 @@ class SelfTrainingTrainer(OrderlyEnd, DefaultTrainer):
     @classmethod
     def _evaluates_otherwise(cls) -> bool:
         """Whether a project's trainer has an evaluation of its own."""
-        return any(
-            getattr(getattr(cls, name), "__func__", None) is not getattr(SelfTrainingTrainer, name).__func__
-            for name in ("build_evaluator", "test")
-        )
+        derived = cls.__mro__[: cls.__mro__.index(SelfTrainingTrainer)]
+        return any(name in vars(kind) for kind in derived for name in ("build_evaluator", "test"))
 
     def _hook_in_place_of(self, hook: HookBase) -> HookBase:
         if isinstance(hook, hooks.EvalHook):
