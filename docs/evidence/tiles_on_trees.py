@@ -19,7 +19,8 @@ from selftrain_d2.cli import main as selftrain_d2
 from selftrain_d2.experiments.datasets.neon_trees import REGIONS, TILE, read_wheel
 
 SCORES = (0.05, 0.2, 0.3, 0.4, 0.5)
-MANY = ["TEST.DETECTIONS_PER_IMAGE", "1000"]
+# Limits of an image, which has as many trees as all tiles together.
+MANY = ["TEST.DETECTIONS_PER_IMAGE", "20000", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "20000"]
 
 
 def at_size(pixels):
@@ -29,11 +30,11 @@ def at_size(pixels):
 
 # The tiles are trained on at 256 pixels, 4 / 3 of their size: so is the photograph of 2472 rows at 3296.
 ARMS = {
-    "whole": [],
-    "whole, 1024 pixels": [*at_size(1024), *MANY],
-    "whole, 3296 pixels": [*at_size(3296), *MANY],
-    f"tiles of {TILE}": ["--tile", str(TILE), "--overlap", "0.2"],
-    f"tiles of {2 * TILE}": ["--tile", str(2 * TILE), "--overlap", "0.2"],
+    "whole": ([], []),
+    "whole, 1024 pixels": ([], [*at_size(1024), *MANY]),
+    "whole, 3296 pixels": ([], [*at_size(3296), *MANY]),
+    f"tiles of {TILE}": (["--tile", str(TILE), "--overlap", "0.2"], []),
+    f"tiles of {2 * TILE}": (["--tile", str(2 * TILE), "--overlap", "0.2"], []),
 }
 
 
@@ -88,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run")
+    parser.add_argument("run", help="folder of the detector")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     strip = next(region for region in REGIONS if region.part == "labeled")
@@ -99,10 +100,12 @@ def main():
     cv2.imwrite(str(image), photograph.pixels)
     truth = truth_of(photograph.boxes, width, height, (strip.y, strip.y + strip.rows * TILE))
     rows = {}
-    for name, options in ARMS.items():
+    run = ["--config-file", f"{args.run}/config.yaml"]
+    weights = ["MODEL.WEIGHTS", f"{args.run}/model_final.pth"]
+    for name, (options, keys) in ARMS.items():
         folder = args.output / name.replace(",", "").replace(" ", "_")
         words = ["--images", str(image), "--output", str(folder), "--no-pictures", *options]
-        if selftrain_d2(["predict", args.run, *words]):
+        if selftrain_d2(["predict", *run, *words, *weights, *keys]):
             raise SystemExit(f"{name}: predict failed.")
         rows[name] = judged(truth, json.loads((folder / "predictions.json").read_text()))
         print(name, rows[name], flush=True)
