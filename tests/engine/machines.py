@@ -46,7 +46,7 @@ class Machines:
         self._command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", str(number), "--nproc-per-node", str(processes),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test",
-            "--rdzv-conf", _CONF, "--local-addr", "127.0.0.1", "--max-restarts", str(restarts),
+            "--local-addr", "127.0.0.1", "--max-restarts", str(restarts),
             "--monitor-interval", "0.1", str(folder / "program.py"), *map(str, arguments),
         ]  # fmt: skip
         self.agents = [self._start(machine) for machine in range(int(str(number).split(":")[-1]))]
@@ -54,9 +54,11 @@ class Machines:
     def _start(self, machine):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # docs/training.md: for restarts
+        # Machine 0 has the rendezvous, not whichever comes first: a machine that is killed must not take it along.
+        conf = ["--rdzv-conf", f"{_CONF},is_host={machine == 0}"]
         with open(self.folder / f"machine_{machine}.txt", "a") as output:
             return subprocess.Popen(
-                self._command,
+                [*self._command[:3], *conf, *self._command[3:]],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,

@@ -68,8 +68,8 @@ def predictions(model, images):
 
 
 def largest_deviation(name, size, dtype):
-    # As of the backbones alone (test_weight_conversion.py): norms are near the identity in float32. With a spread of 0.5
-    # rounding grows so much that effdet itself, in channels_last, differs from effdet by 2e-9 (D5) in float64.
+    # As of the backbones alone (test_weight_conversion.py): norms are near the identity in float32. With a spread of
+    # 0.5 rounding grows so much that effdet itself, in channels_last, differs from effdet by 2e-9 (D5) in float64.
     reference = make_effdet(name, size, spread=0.1 if dtype == torch.float32 else 0.3).to(dtype)
     model = make_ours(name, reference.state_dict()).to(dtype)
     images = torch.randn(1, 3, *size, dtype=dtype)

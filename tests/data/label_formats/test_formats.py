@@ -258,7 +258,9 @@ def test_the_command_converts_and_says_what_it_left(yolo, tmp_path, capsys):
     assert "2 images, 2 boxes, 1 masks left out" in capsys.readouterr().out
     assert main(["labels", "convert", *words]) == 2 and "is not empty" in capsys.readouterr().err
     assert main(["labels", "convert", str(yolo / "images"), str(out / "x.json")]) == 2
-    assert f"has no labels, but images alone; the labels are beside it: name {yolo}" in capsys.readouterr().err
+    assert (
+        f"has no labels, but images alone; the labels are beside it: name {yolo}" in capsys.readouterr().err
+    )
     (out / "nothing").mkdir()
     assert main(["labels", "convert", str(out / "nothing"), str(out / "x.json")]) == 2
     assert "no labels of a known format" in capsys.readouterr().err
