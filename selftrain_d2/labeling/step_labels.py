@@ -18,15 +18,14 @@ from selftrain_d2.data.pseudo_labels.running_counts import RunningCounts
 from selftrain_d2.data.pseudo_labels.selection import (
     check_counts,
     resolve_thresholds,
-    score_weights,
-    select_boxes,
+    select_and_ignore,
     selection_from_config,
     thresholds_of_classes,
 )
 from selftrain_d2.data.pseudo_labels.shards import LOCALIZATION_SCORES, make_row
 from selftrain_d2.data.training_sets import count_human_boxes
 from selftrain_d2.errors import InputError
-from selftrain_d2.labeling.inference import Teacher, box_row
+from selftrain_d2.labeling.inference import Sample, Teacher, box_row, label_in_order
 from selftrain_d2.labeling.segment import SegmentationTeacher, makes_masks
 from selftrain_d2.labeling.views import views
 
@@ -97,14 +96,18 @@ class StepSelection:
         localized = None
         if self.localization_thresh:
             localized = _values(rows, LOCALIZATION_SCORES, np.float32) >= self.localization_thresh
-        thresholds, weights = self.thresholds, None
-        if self.score_weighted:
-            weights = score_weights(scores, category_ids, thresholds, self.ignored_from)
-            thresholds = np.minimum(thresholds, self.ignored_from)
-        kept = select_boxes(scores, category_ids, counts, thresholds, self.top_k, localized)
-        ignored = np.zeros_like(kept)
-        if self.ignored_from is not None:
-            ignored = select_boxes(scores, category_ids, counts, self.ignored_from) & ~kept
+        kept, ignored, weights = select_and_ignore(
+            scores,
+            category_ids,
+            counts,
+            self.thresholds,
+            top_k=self.top_k,
+            localized=localized,
+            ignored_from=self.ignored_from,
+            score_weighted=self.score_weighted,
+        )
+        if ignored is None:
+            ignored = np.zeros_like(kept)
         starts = np.cumsum(counts) - counts
 
         def weight(box: int) -> dict[str, float]:
@@ -175,17 +178,13 @@ class StepTeacher:
             samples: with ``images``, ``height`` and ``width``, as ``UnlabeledImageMapper`` has them.
             most: images a forward pass.
         """
-        by_shape: dict[tuple, list[int]] = {}
-        for i, sample in enumerate(samples):
-            by_shape.setdefault(tuple(image.shape for image in sample["images"]), []).append(i)
-        found: list[Any] = [None] * len(samples)
-        for places in by_shape.values():
-            for start in range(0, len(places), most):
-                part = places[start : start + most]
-                inputs = [{**samples[i], "file_name": ""} for i in part]
-                for i, sample, labels in zip(part, inputs, self.teacher(inputs)):
-                    found[i] = labels if self.masks else box_row(sample, labels)
-        return found
+        inputs = [{**sample, "file_name": ""} for sample in samples]
+        row = _labels_alone if self.masks else box_row
+        return list(label_in_order(inputs, self.teacher, most, len(inputs), labeled_row=row))
+
+
+def _labels_alone(sample: Sample, labels: PixelLabels) -> PixelLabels:
+    return labels
 
 
 def set_score_floor(detector: nn.Module, floor: float, *, only_lower: bool = False) -> None:

@@ -34,7 +34,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     ScoreThreshold,
     matching_threshold,
     resolve_thresholds,
-    score_weights,
+    select_and_ignore,
     select_boxes,
     thresholds_of_classes,
 )
@@ -167,14 +167,17 @@ def _columns(
     localization_thresh: float | None,
     score_weighted: bool,
 ) -> dict[str, np.ndarray]:
-    weights = None
-    if score_weighted:
-        scores, category_ids = flat_values(table, "scores"), flat_values(table, "category_ids")
-        weights = score_weights(scores, category_ids, thresholds, ignored_from)
-        thresholds = np.minimum(thresholds, ignored_from)
-    selected = _selected(table, thresholds, top_k, localization_thresh)
-    ignored = None if ignored_from is None else _selected(table, ignored_from, None) & ~selected
-    return shard_columns(table, selected, ignored, weights)
+    selected = select_and_ignore(
+        flat_values(table, "scores"),
+        flat_values(table, "category_ids"),
+        box_counts(table),
+        thresholds,
+        top_k=top_k,
+        localized=_localized(table, localization_thresh),
+        ignored_from=ignored_from,
+        score_weighted=score_weighted,
+    )
+    return shard_columns(table, *selected)
 
 
 def _load_masks(
@@ -199,7 +202,11 @@ def _choose_threshold(
     images = manifest["labeled"] + manifest["empty"]
     scores = [SCHEMA.empty_table()["scores"].combine_chunks().flatten().to_numpy()]
     for table in read_shards(files, ["scores", "category_ids", LOCALIZATION_SCORES]):
-        scores.append(flat_values(table, "scores")[_selected(table, floors, top_k, localization_thresh)])
+        of_table, category_ids = flat_values(table, "scores"), flat_values(table, "category_ids")
+        localized = _localized(table, localization_thresh)
+        scores.append(
+            of_table[select_boxes(of_table, category_ids, box_counts(table), floors, top_k, localized)]
+        )
     everything = np.concatenate(scores)
     threshold = matching_threshold(everything, boxes_per_image * images)
     if threshold is None:
@@ -212,14 +219,11 @@ def _choose_threshold(
     return threshold
 
 
-def _selected(
-    table: pa.Table, thresholds: np.ndarray, top_k: int | None, localization_thresh: float | None = None
-) -> np.ndarray:
-    scores, category_ids = flat_values(table, "scores"), flat_values(table, "category_ids")
-    localized = None
-    if localization_thresh is not None:
-        localization = localization_scores(table)
-        if np.isnan(localization).any():
-            raise InputError(WITHOUT_LOCALIZATION)
-        localized = localization >= np.float32(localization_thresh)
-    return select_boxes(scores, category_ids, box_counts(table), thresholds, top_k, localized)
+def _localized(table: pa.Table, localization_thresh: float | None) -> np.ndarray | None:
+    """(B,) bool, whether boxes reach the threshold; None without one."""
+    if localization_thresh is None:
+        return None
+    localization = localization_scores(table)
+    if np.isnan(localization).any():
+        raise InputError(WITHOUT_LOCALIZATION)
+    return localization >= np.float32(localization_thresh)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -293,6 +293,50 @@ def score_weights(
     weights = (scores >= high).astype(np.float32)
     weights[between] = (scores - low)[between] / (high - low)[between]
     return weights
+
+
+class SelectedBoxes(NamedTuple):
+    """What becomes of boxes.
+
+    Attributes:
+        kept: (B,) bool, those that are trained on.
+        ignored: (B,) bool, those that are neither objects nor background; None where none can be.
+        weights: (B,) float32 in [0, 1], how much those that are kept count; None: fully.
+    """
+
+    kept: np.ndarray
+    ignored: np.ndarray | None
+    weights: np.ndarray | None
+
+
+def select_and_ignore(
+    scores: np.ndarray,
+    category_ids: np.ndarray,
+    counts: np.ndarray,
+    thresholds: np.ndarray,
+    *,
+    top_k: int | None,
+    localized: np.ndarray | None,
+    ignored_from: np.ndarray | None,
+    score_weighted: bool,
+) -> SelectedBoxes:
+    """Boxes to train on, and of the others those to ignore.
+
+    Args:
+        scores, category_ids, counts, thresholds, top_k, localized: see :func:`select_boxes`.
+        ignored_from: (C,) float32, what is not trained on is ignored from here on. None: nothing is.
+        score_weighted: whether boxes from ``ignored_from`` up to their threshold are trained on too, weighed by
+            :func:`score_weights`.
+    """
+    weights = None
+    if score_weighted:
+        weights = score_weights(scores, category_ids, thresholds, ignored_from)
+        thresholds = np.minimum(thresholds, ignored_from)
+    kept = select_boxes(scores, category_ids, counts, thresholds, top_k, localized)
+    ignored = None
+    if ignored_from is not None:
+        ignored = select_boxes(scores, category_ids, counts, ignored_from) & ~kept
+    return SelectedBoxes(kept, ignored, weights)
 
 
 def matching_threshold(scores: np.ndarray, target: float) -> float | None:
