@@ -74,20 +74,17 @@ def _timm_config(name: str) -> Any:
 def _fetch_from_timm(name: str) -> str:
     _backbone_of_timm(name)
     config = _timm_config(name)
-    if not config.hf_hub_id:
-        return _fetch(f"timm://{name}", "download_cached_file", config.url)
-    return _fetch(
-        f"timm://{name}", "download_from_hf", config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
-    )
+    file = config.hf_hub_filename or "model.safetensors"
+    return _fetch(f"timm://{name}", config.url, (config.hf_hub_id, file) if config.hf_hub_id else None)
 
 
-def _fetch(path: str, function: str, *where: str) -> str:
-    """A file in timm's cache, by one of the functions of its hub."""
+def _fetch(path: str, url: str, hub: tuple[str, str] | None = None) -> str:
+    """A file in timm's cache, from an address, or from a model and file of the hub."""
     _timm()
     from timm.models import _hub
 
     try:
-        return str(getattr(_hub, function)(*where))
+        return str(_hub.download_from_hf(*hub) if hub else _hub.download_cached_file(url))
     except Exception as error:  # of the hub, of its HTTP client, or of the system
         raise InputError(
             f"MODEL.WEIGHTS {path} are not in timm's cache and cannot be fetched ({type(error).__name__}): "
@@ -142,15 +139,13 @@ def _detector_of_effdet(name: str) -> str:
 
 
 def _fetch_from_effdet(name: str) -> str:
-    return _fetch(f"effdet://{name}", "download_cached_file", _effdet_config(name).url)
+    return _fetch(f"effdet://{name}", _effdet_config(name).url)
 
 
 def _convert_from_effdet(name: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     # effdet's preprocessing is ImageNet's where its record does not say otherwise.
-    kind = "inception" if _effdet_config(name).get("mean") else "imagenet"
-    statistics = INPUT_STATISTICS[kind]
-    detector = _detector_of_effdet(name)
-    converted = converted_state(state, "effdet", detector, f"effdet://{name}", statistics)
+    statistics = INPUT_STATISTICS["inception" if _effdet_config(name).get("mean") else "imagenet"]
+    converted = converted_state(state, "effdet", _detector_of_effdet(name), f"effdet://{name}", statistics)
     return {"model": converted.model, "input": converted.input, **converted.facts}
 
 
