@@ -54,7 +54,7 @@ bench: setup
 
 # The page of our experiments, drawn from their stored metrics.
 evidence: setup
-	$(BIN)/python tools/report.py --metrics docs/evidence/*.json --output output/evidence
+	$(BIN)/python tools/report.py --metrics docs/evidence/*.json docs/evidence/*/*.json --output output/evidence
 
 DATA := data/neon_trees
 WEIGHTS := data/efficientnet_lite0_imagenet.pth
