@@ -14,6 +14,7 @@ from selftrain_d2.cli import COMMANDS, main
 from selftrain_d2.cli.common import find_config, setup_config, shipped_configs
 from selftrain_d2.errors import InputError
 from selftrain_d2.experiments.grid.definition import load_grid, parse_grid
+from selftrain_d2.experiments.report.contrasts import contrasts_of
 from selftrain_d2.experiments.report.figure_spec import figures_of
 
 STUDENTS = """
@@ -245,6 +246,7 @@ def test_shipped_grids_have_valid_commands(file):
     """Every cell's words are parsed and its config is built, as its command would."""
     grid = load_grid(file)
     figures_of(grid)
+    contrasts_of(grid)
     for cell in grid.cells:
         name, *words = cell.words("runs")
         module = importlib.import_module(f"selftrain_d2.cli.{COMMANDS[name]}")
