@@ -215,6 +215,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     # what they are matched with are times (score - IGNORE_SCORE_THRESH) / (threshold - IGNORE_SCORE_THRESH). False:
     # they are ignored.
     cfg.SELFTRAIN.SCORE_WEIGHTED = False
+    # True: pseudo boxes from IGNORE_SCORE_THRESH on are trained on, and their score is the target of the class loss,
+    # for all classes that the teacher names at a place. Dense detectors (RetinaNet, FCOS).
+    cfg.SELFTRAIN.SOFT_LABELS = False
     # True: so are the crowd regions ("iscrowd") of human labels; False: they are background.
     cfg.SELFTRAIN.IGNORE_CROWD = False
     # What an ignored box covers is not learned as background: an anchor or proposal of which it covers ("covered", as

@@ -33,7 +33,8 @@ class SelfTrainingDatasetMapper(DatasetMapper):
     (H, W) where the dict names a file, and ``valid_pixel_share``, the share of its pixels that are not ignored.
     Crowd annotations are left out of the instances; where they are to be ignored (``ignore_crowd``, of the mapper or
     the dict) their boxes are ``ignored_boxes``, ``Boxes`` (M, 4) XYXY in pixels. Images without any box stay. With
-    ``score_weighted`` boxes of pseudo labels have ``gt_weights`` (N,) in [0, 1], which ``load_pseudo_labels`` says.
+    ``score_weighted`` boxes of pseudo labels have ``gt_weights`` (N,) in [0, 1], which ``load_pseudo_labels`` says;
+    with ``soft_labels`` they have ``gt_scores`` (N,) in [0, 1], the teacher's.
 
     Other than detectron2's mapper it hands boxes to the augmentations, which the operations inside boxes
     need, and moves all boxes of an image at once.
@@ -46,6 +47,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         ignore_value: int = 255,
         ignore_crowd: bool = False,
         score_weighted: bool = False,
+        soft_labels: bool = False,
         **kwargs: Any,
     ):
         """
@@ -55,11 +57,13 @@ class SelfTrainingDatasetMapper(DatasetMapper):
             ignore_crowd: whether crowd annotations are neither objects nor background, not only those of dicts that
                 say so themselves.
             score_weighted: whether boxes of pseudo-labeled images weigh their ``weight`` (1 where there is none).
+            soft_labels: whether their ``score`` (1 where there is none) is what they teach of their class.
         """
         super().__init__(*args, **kwargs)
         self.ignore_value = ignore_value
         self.ignore_crowd = ignore_crowd
         self.score_weighted = score_weighted
+        self.soft_labels = soft_labels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -80,6 +84,7 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         arguments["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         arguments["ignore_crowd"] = cfg.SELFTRAIN.IGNORE_CROWD
         arguments["score_weighted"] = cfg.SELFTRAIN.SCORE_WEIGHTED
+        arguments["soft_labels"] = cfg.SELFTRAIN.SOFT_LABELS
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +154,9 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         if self.score_weighted and sample["label_source"] == "pseudo":
             weights = [annotation.get("weight", 1.0) for annotation in objects]
             instances.gt_weights = torch.tensor(weights, dtype=torch.float32)
+        if self.soft_labels and sample["label_source"] == "pseudo":
+            scores = [annotation.get("score", 1.0) for annotation in objects]
+            instances.gt_scores = torch.tensor(scores, dtype=torch.float32)
         if self.use_instance_mask:
             instances.gt_masks = self._masks(objects, transforms, image_size, sample)
         if self.use_keypoint:

@@ -16,6 +16,7 @@ from selftrain_d2.engine.config_values import is_segmentor
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.classes import number_of_classes
 from selftrain_d2.modeling.meta_arch.box_weights import check_weighs_boxes
+from selftrain_d2.modeling.meta_arch.soft_labels import check_takes_soft_labels
 
 
 def amp_precision(cfg: CfgNode) -> torch.dtype:
@@ -77,9 +78,18 @@ def check_reference_world_size(cfg: CfgNode, processes: int | None = None) -> No
 
 
 def check_score_weights(cfg: CfgNode, model: nn.Module) -> None:
-    """Raise InputError if SELFTRAIN.SCORE_WEIGHTED asks a student's model for what it cannot do."""
-    if cfg.SELFTRAIN.SCORE_WEIGHTED and cfg.DATASETS.PSEUDO_TRAIN:
+    """Raise InputError if SELFTRAIN.SCORE_WEIGHTED or SOFT_LABELS asks a student's model for what it cannot do, or both
+    are set."""
+    if not cfg.DATASETS.PSEUDO_TRAIN:
+        return
+    if cfg.SELFTRAIN.SCORE_WEIGHTED and cfg.SELFTRAIN.SOFT_LABELS:
+        raise InputError(
+            "SELFTRAIN.SCORE_WEIGHTED and SOFT_LABELS are two uses of the same boxes: set one of them False."
+        )
+    if cfg.SELFTRAIN.SCORE_WEIGHTED:
         check_weighs_boxes(model)
+    if cfg.SELFTRAIN.SOFT_LABELS:
+        check_takes_soft_labels(model)
 
 
 def check_test_sets(cfg: CfgNode) -> None:

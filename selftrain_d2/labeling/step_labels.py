@@ -21,6 +21,7 @@ from selftrain_d2.data.pseudo_labels.selection import (
     select_and_ignore,
     selection_from_config,
     thresholds_of_classes,
+    trains_on_uncertain,
 )
 from selftrain_d2.data.pseudo_labels.shards import LOCALIZATION_SCORES, make_row
 from selftrain_d2.data.training_sets import count_human_boxes
@@ -58,7 +59,7 @@ class StepSelection:
         known = {kind: list(class_names), "score_floor": 0.0, "views": len(views(cfg))}
         self.top_k = keys.TOP_K or None
         self.localization_thresh = np.float32(keys.LOCALIZATION_THRESH)
-        self.score_weighted = keys.SCORE_WEIGHTED
+        self.score_weighted = trains_on_uncertain(cfg)
         self.counts: RunningCounts | None = None
         self.ignored_from: np.ndarray | None = None
         if keys.THRESHOLDS == "counts":
@@ -90,7 +91,7 @@ class StepSelection:
 
     def annotations(self, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """Of each image, as ``load_pseudo_labels`` has them: those to ignore with ``iscrowd`` 1, last; with
-        SELFTRAIN.SCORE_WEIGHTED the others with ``weight``."""
+        SELFTRAIN.SCORE_WEIGHTED or SOFT_LABELS the others with ``weight``."""
         scores, category_ids = _joined(rows)
         counts = np.array([len(row["scores"]) for row in rows])
         localized = None

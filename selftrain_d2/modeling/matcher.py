@@ -1,4 +1,7 @@
-"""Which anchor predicts which box."""
+"""Which anchor predicts which box.
+
+Letters in shapes: M boxes of an image, R anchors.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +35,27 @@ class BestAnchorMatcher(Matcher):
         matches.scatter_reduce_(0, best_anchors, boxes, "amin", include_self=False)
         labels[best_anchors] = 1
         return matches, labels
+
+
+def labels_of_each_box(matcher: Matcher, overlap: Tensor) -> Tensor:
+    """Which anchors each box would have if it were the only one of its image.
+
+    Args:
+        matcher: detectron2's or :class:`BestAnchorMatcher`.
+        overlap: IoU (M, R).
+
+    Returns:
+        (M, R) int8, in each row what the matcher gives for that row alone.
+    """
+    labels = torch.zeros_like(overlap, dtype=torch.int8)
+    for low, high, label in zip(matcher.thresholds[:-1], matcher.thresholds[1:], matcher.labels):
+        labels[(overlap >= low) & (overlap < high)] = label
+    if not overlap.numel():
+        return labels
+    if isinstance(matcher, BestAnchorMatcher):
+        most, best_anchors = overlap.max(dim=1)
+        boxes = torch.nonzero(most > 0).squeeze(1)
+        labels[boxes, best_anchors[boxes]] = 1
+    elif matcher.allow_low_quality_matches:
+        labels[overlap == overlap.amax(dim=1, keepdim=True)] = 1
+    return labels

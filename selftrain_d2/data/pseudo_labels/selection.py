@@ -27,11 +27,11 @@ WITHOUT_LOCALIZATION = (
     "SELFTRAIN.LOCALIZATION_THRESH (localization_thresh) to 0."
 )
 
-#: What is said where scores are to be weighed between two thresholds, and there is one.
+#: What is said where boxes between two thresholds are to be trained on, and there is one.
 WITHOUT_SECOND_THRESHOLD = (
-    "Boxes are weighed by where their score lies between two thresholds, and the lower one is not given: set "
-    "SELFTRAIN.IGNORE_SCORE_THRESH (ignore_score_thresh), e.g. to 0.3, or SELFTRAIN.SCORE_WEIGHTED (score_weighted) to "
-    "False."
+    "Boxes between two thresholds are to be trained on by their score, and the lower one is not given: set "
+    "SELFTRAIN.IGNORE_SCORE_THRESH (ignore_score_thresh), e.g. to 0.3, or SELFTRAIN.SCORE_WEIGHTED (score_weighted) "
+    "and SOFT_LABELS to False."
 )
 
 #: One score threshold for all classes, or one by class name.
@@ -42,7 +42,7 @@ def selection_from_config(
     cfg: CfgNode, class_names: Sequence[str], counts: CountThresholds | None = None
 ) -> dict[str, Any]:
     """What SELFTRAIN.SCORE_THRESH, SCORE_THRESH_BY_CLASS, TOP_K, BOXES_PER_IMAGE, IGNORE_SCORE_THRESH,
-    LOCALIZATION_THRESH and SCORE_WEIGHTED say.
+    LOCALIZATION_THRESH, SCORE_WEIGHTED and SOFT_LABELS say. Soft labels need the boxes that weights need.
 
     Args:
         class_names: of the pseudo labels.
@@ -70,7 +70,7 @@ def selection_from_config(
     }
     if selftrain.LOCALIZATION_THRESH:
         selection["localization_thresh"] = selftrain.LOCALIZATION_THRESH
-    if selftrain.SCORE_WEIGHTED:
+    if trains_on_uncertain(cfg):
         selection["score_weighted"] = True
     if counts is not None:
         selection["score_thresh"] = counts.score_thresh
@@ -80,9 +80,14 @@ def selection_from_config(
     return selection
 
 
+def trains_on_uncertain(cfg: CfgNode) -> bool:
+    """Whether boxes between IGNORE_SCORE_THRESH and the threshold of their class are trained on."""
+    return cfg.SELFTRAIN.SCORE_WEIGHTED or cfg.SELFTRAIN.SOFT_LABELS
+
+
 def check_counts(cfg: CfgNode, manifest: Mapping[str, Any]) -> None:
     """Raise InputError where SELFTRAIN.THRESHOLDS "counts" cannot choose: for masks, beside keys that choose too, or a
-    second threshold that SCORE_WEIGHTED needs and that is off."""
+    second threshold that SCORE_WEIGHTED or SOFT_LABELS needs and that is off."""
     if "stuff_classes" in manifest:
         raise InputError(
             "The pseudo labels are masks, in which no boxes can be counted: set SELFTRAIN.THRESHOLDS fixed."
@@ -98,7 +103,7 @@ def check_counts(cfg: CfgNode, manifest: Mapping[str, Any]) -> None:
                 f"SELFTRAIN.THRESHOLDS counts chooses how many boxes are kept, and so does SELFTRAIN.{key} "
                 f"{cfg.SELFTRAIN[key]}: set that to {off!r}, or THRESHOLDS fixed."
             )
-    if cfg.SELFTRAIN.SCORE_WEIGHTED and not cfg.SELFTRAIN.IGNORE_SCORE_THRESH:
+    if trains_on_uncertain(cfg) and not cfg.SELFTRAIN.IGNORE_SCORE_THRESH:
         raise InputError(WITHOUT_SECOND_THRESHOLD)
 
 
@@ -130,7 +135,9 @@ def selection_in_words(cfg: CfgNode) -> str:
         text += f", on whose place the teacher's views agree to {selftrain.LOCALIZATION_THRESH:g}"
     text += f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else ""
     ignored = selftrain.IGNORE_SCORE_THRESH
-    how = "weighed by their score" if selftrain.SCORE_WEIGHTED else "ignored"
+    how = "ignored"
+    if trains_on_uncertain(cfg):
+        how = "as soft labels" if selftrain.SOFT_LABELS else "weighed by their score"
     return text + (f" (others of {ignored:g} or more {how})" if ignored else "")
 
 

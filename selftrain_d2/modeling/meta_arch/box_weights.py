@@ -22,8 +22,10 @@ def have_weights(instances: Sequence[Instances]) -> bool:
     return any(x.has("gt_weights") for x in instances)
 
 
-def matched_weights(boxes: Tensor, classes: Tensor | None, instances: Instances) -> Tensor:
-    """The weights of the objects that anchors or proposals of an image were matched to.
+def matched_weights(
+    boxes: Tensor, classes: Tensor | None, instances: Instances, field: str = "gt_weights"
+) -> Tensor:
+    """The weights, or another ``field``, of the objects that anchors or proposals of an image were matched to.
 
     Args:
         boxes: (P, 4), ``gt_boxes`` of these objects; copies, so that the object is the one whose box they equal.
@@ -33,12 +35,12 @@ def matched_weights(boxes: Tensor, classes: Tensor | None, instances: Instances)
     Returns:
         (P,); 1 where the instances have no weights.
     """
-    if not len(boxes) or not instances.has("gt_weights"):
+    if not len(boxes) or not instances.has(field):
         return torch.ones(len(boxes), device=boxes.device)
     same = (boxes[:, None] == instances.gt_boxes.tensor).all(dim=2)  # (P, M)
     if classes is not None:
         same &= classes[:, None] == instances.gt_classes
-    return (same * instances.gt_weights).amax(dim=1)
+    return (same * instances.get(field)).amax(dim=1)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, SemanticSegmentor
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from selftrain_d2.modeling.meta_arch.classification import (
     without_classification,
 )
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule, never_background
+from selftrain_d2.modeling.meta_arch.soft_labels import check_takes_soft_labels
 
 #: The two sources of labels, in the order of every pair in this package.
 LABEL_SOURCES = ("human", "pseudo")
@@ -74,6 +76,7 @@ class LossesBySource:
             :class:`~selftrain_d2.engine.LossNormalizer` sets them before every step.
         raw_losses: the last step's unweighted loss of each source, a scalar tensor, or None where the
             batch had no image of that source.
+        takes_soft_labels: whether they follow ``gt_scores``; the same.
         label_counts: by a name of LABEL_KINDS and a source, how much the last step's images were labeled with:
             boxes where samples have ``instances``, pixels where they have ``sem_seg``, ignored boxes where they
             have ``ignored_boxes``.
@@ -81,6 +84,8 @@ class LossesBySource:
         weighs_boxes: whether losses follow ``gt_weights`` of the instances; others refuse such samples.
         classification_head: None without joint training; see :func:`~.classification.add_classification_head`.
     """
+
+    takes_soft_labels = False
 
     @property
     def weighs_boxes(self) -> bool:
@@ -182,11 +187,18 @@ class LossesBySource:
             if "instances" in sample:
                 if sample["instances"].has("gt_weights"):
                     check_weighs_boxes(self)
-                self.label_counts["boxes"][source].add(len(sample["instances"]))
+                self.label_counts["boxes"][source].add(self._count_boxes(sample["instances"]))
             if "sem_seg" in sample:
                 self.label_counts["pixels"][source].add(self._valid_pixel_share(sample))
             if "ignored_boxes" in sample:
                 self.label_counts["ignored_boxes"][source].add(len(sample["ignored_boxes"]))
+
+    def _count_boxes(self, instances: Instances) -> float:
+        """How many boxes an image is labeled with; of soft labels how many are to be expected."""
+        if not instances.has("gt_scores"):
+            return len(instances)
+        check_takes_soft_labels(self)
+        return instances.gt_scores.sum().item()
 
     @contextlib.contextmanager
     def one_step(self, batches: Sequence[list[dict]]) -> Iterator[None]:

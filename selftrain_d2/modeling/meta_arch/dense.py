@@ -22,6 +22,7 @@ from selftrain_d2.modeling.meta_arch.by_source import (
 )
 from selftrain_d2.modeling.meta_arch.classification import without_classification
 from selftrain_d2.modeling.meta_arch.ignored_boxes import ignored_boxes
+from selftrain_d2.modeling.meta_arch.soft_labels import have_scores, scores_of, soft_focal_loss, soft_targets
 
 
 class DenseLossesBySource(LossesBySource):
@@ -45,6 +46,10 @@ class DenseLossesBySource(LossesBySource):
     the weight 1. Weights are not normalized: the number of positive anchors, by which losses are divided, stays as it
     is. For that a class has :meth:`losses_of_positives` and ``class_loss_name``.
 
+    Where instances have ``gt_scores`` (soft labels), the class loss of an anchor is :func:`soft_focal_loss` towards
+    :func:`soft_targets`; its other losses are times the score of its box, and so is what it adds to the number of
+    positive anchors. For that a class has :meth:`labels_of_each_box`.
+
     Attributes:
         class_loss_name: of the class loss, in what the detector's ``losses`` returns.
         normalize_by_batch: 1 + the number of the step, in place of the moving average.
@@ -53,6 +58,7 @@ class DenseLossesBySource(LossesBySource):
     """
 
     weighs_boxes = True
+    takes_soft_labels = True
     class_loss_name = "loss_cls"
 
     def __init__(self, *args, **kwargs):
@@ -68,6 +74,8 @@ class DenseLossesBySource(LossesBySource):
         self._ignored: list[Boxes] | None = None
         #: (N, R), of the images of the current source; None where all anchors count fully
         self._anchor_weights: Tensor | None = None
+        #: (N, R, C): what they learn of each class; and (N, R): how much that counts. None without soft labels
+        self._soft_targets: tuple[Tensor, Tensor] | None = None
 
     def losses_by_source(self, batched_inputs: list[dict]) -> dict[str, dict[str, Tensor]]:
         """As in ``LossesBySource``, of one pass of ``DenseDetector.forward``: `forward_training` splits it."""
@@ -102,25 +110,40 @@ class DenseLossesBySource(LossesBySource):
         """As the detector's, with the step's positive anchors counted, and without the background that is ignored."""
         labels, boxes = super().label_anchors(anchors, gt_instances)
         if self._source not in self._positives:
-            self._positives[self._source] = _over_processes(self._count_positive(labels))
+            self._positives[self._source] = _over_processes(self._count_positive(labels, boxes, gt_instances))
+        self._anchor_weights = self._soft_targets = None
+        if have_scores(gt_instances):
+            self._anchor_weights = self._weights(gt_instances, labels, boxes, "gt_scores")
+            self._soft_targets = self._targets(anchors, gt_instances)
+        elif have_weights(gt_instances):
+            self._anchor_weights = self._weights(gt_instances, labels, boxes, "gt_weights")
         if self._ignored is not None:
             every_anchor = Boxes.cat(anchors)
-            for image, labels_of_image in zip(self._sources[self._source], labels):
-                covered = self.covered(every_anchor, self._ignored[image])
-                labels_of_image[covered & (labels_of_image == self.num_classes)] = -1
-        self._anchor_weights = self._weights(gt_instances, labels, boxes)
+            for i, image in enumerate(self._sources[self._source]):
+                left_out = self.covered(every_anchor, self._ignored[image]) & ~self._is_positive(labels[i])
+                labels[i][left_out] = -1
+                if self._soft_targets is not None:
+                    self._soft_targets[1][i, left_out] = 0
         return labels, boxes
 
+    def _targets(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
+        found = [
+            soft_targets(
+                self.labels_of_each_box(anchors, x.gt_boxes), x.gt_classes, scores_of(x), self.num_classes
+            )
+            for x in gt_instances
+        ]
+        targets, weights = zip(*found)
+        return torch.stack(targets), torch.stack(weights)
+
     def _weights(
-        self, gt_instances: list[Instances], labels: list[Tensor], boxes: list[Tensor]
-    ) -> Tensor | None:
-        if not have_weights(gt_instances):
-            return None
+        self, gt_instances: list[Instances], labels: list[Tensor], boxes: list[Tensor], field: str
+    ) -> Tensor:
         weights = torch.ones(len(labels), len(labels[0]), device=labels[0].device)
         for image, instances in enumerate(gt_instances):
             positive = self._is_positive(labels[image])
             weights[image, positive] = matched_weights(
-                boxes[image][positive], labels[image][positive], instances
+                boxes[image][positive], labels[image][positive], instances, field
             )
         return weights
 
@@ -141,9 +164,14 @@ class DenseLossesBySource(LossesBySource):
         valid, positive = labels >= 0, self._is_positive(labels)
         get_event_storage().put_scalar("num_pos_anchors", positive.sum().item() / len(labels))
         normalizer = self._ema_update("", 0.0, 0.0)  # which knows their number
-        logits = torch.cat(pred_logits, dim=1)[valid]
-        targets = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1].to(logits.dtype)
-        of_classes = sigmoid_focal_loss(logits, targets, self.focal_loss_alpha, self.focal_loss_gamma)
+        logits, focal_loss = torch.cat(pred_logits, dim=1), (self.focal_loss_alpha, self.focal_loss_gamma)
+        if self._soft_targets is None:
+            targets = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1].to(logits.dtype)
+            of_anchors = sigmoid_focal_loss(logits[valid], targets, *focal_loss).sum(dim=1)
+            of_classes = weights[valid] * of_anchors
+        else:
+            targets, counts = self._soft_targets
+            of_classes = counts * soft_focal_loss(logits, targets, *focal_loss).sum(dim=2)
         of_positives = self.losses_of_positives(
             Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[positive],
             torch.cat(pred_anchor_deltas, dim=1)[positive],
@@ -151,7 +179,7 @@ class DenseLossesBySource(LossesBySource):
             *(torch.cat(prediction, dim=1)[positive] for prediction in more),
         )
         return {
-            self.class_loss_name: (weights[valid] * of_classes.sum(dim=1)).sum() / normalizer,
+            self.class_loss_name: of_classes.sum() / normalizer,
             **{name: (weights[positive] * loss).sum() / normalizer for name, loss in of_positives.items()},
         }
 
@@ -165,6 +193,10 @@ class DenseLossesBySource(LossesBySource):
         """
         raise NotImplementedError
 
+    def labels_of_each_box(self, anchors: list[Boxes], boxes: Boxes) -> Tensor:
+        """(M, R) int8: of each of M boxes alone, 1 for the anchors that predict it, -1 for those to ignore, else 0."""
+        raise NotImplementedError
+
     def covered(self, anchors: Boxes, ignored: Boxes) -> Tensor:
         """(R,) bool: which of R anchors at least one of an image's ignored boxes covers."""
         return self.ignore_rule.covered(anchors, ignored)
@@ -172,8 +204,15 @@ class DenseLossesBySource(LossesBySource):
     def _is_positive(self, labels: Tensor) -> Tensor:
         return (labels >= 0) & (labels != self.num_classes)
 
-    def _count_positive(self, labels: list[Tensor]) -> Tensor:
-        return sum(self._is_positive(x).sum() for x in labels)
+    def _count_positive(
+        self, labels: list[Tensor], boxes: list[Tensor], gt_instances: list[Instances]
+    ) -> Tensor:
+        """How many anchors are positive; of soft labels the sum of their scores."""
+        positive = [self._is_positive(x) for x in labels]
+        if not have_scores(gt_instances):
+            return sum(x.sum() for x in positive)
+        weights = self._weights(gt_instances, labels, boxes, "gt_scores")
+        return sum(weight[x].sum() for weight, x in zip(weights, positive))
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         """What the detector divides its losses by. It calls this once a pass, with this process's count."""
@@ -204,8 +243,8 @@ class DenseLossesBySource(LossesBySource):
                 instances = [
                     x["instances"].to(self.device) for x in batch if x.get("label_source", "human") == source
                 ]
-                labels = super().label_anchors(anchors, instances)[0]
-                counts[number] += self._count_positive(labels)
+                labels, boxes = super().label_anchors(anchors, instances)
+                counts[number] += self._count_positive(labels, boxes, instances)
         self._positives = dict(zip(LABEL_SOURCES, _over_processes(counts)))
         self._number_of_passes = len(batches)
         try:

@@ -29,6 +29,10 @@ class SelfTrainingFCOS(DenseLossesBySource, FCOS):
         )  # (R, M, 4): to the four sides
         return (distances > 0).all(dim=2).any(dim=1)
 
+    def labels_of_each_box(self, anchors: list[Boxes], boxes: Boxes) -> Tensor:
+        """As in ``DenseLossesBySource``: by FCOS's own rule, from which small boxes have their right of way."""
+        return (self._match_anchors(boxes, anchors) > 1e-5).to(torch.int8)
+
     def losses(
         self,
         anchors: list[Boxes],

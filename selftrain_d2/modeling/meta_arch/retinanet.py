@@ -9,12 +9,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.modeling.matcher import BestAnchorMatcher
+from selftrain_d2.modeling.matcher import BestAnchorMatcher, labels_of_each_box
 from selftrain_d2.modeling.meta_arch.dense import DenseLossesBySource
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule
 from selftrain_d2.modeling.meta_arch.retinanet_head import (
@@ -117,6 +117,10 @@ class SelfTrainingRetinaNet(DenseLossesBySource, RetinaNet):
             return {"loss_box_reg": smooth_l1_loss(deltas, targets, self.smooth_l1_beta).sum(dim=1)}
         predicted = self.box2box_transform.apply_deltas(deltas, anchors)
         return {"loss_box_reg": IOU_LOSSES[self.box_reg_loss_type](predicted, boxes)}
+
+    def labels_of_each_box(self, anchors: list[Boxes], boxes: Boxes) -> Tensor:
+        """As in ``DenseLossesBySource``."""
+        return labels_of_each_box(self.anchor_matcher, pairwise_iou(boxes, Boxes.cat(anchors)))
 
     def inference_single_image(
         self,
