@@ -252,6 +252,20 @@ def test_pseudo_boxes_have_weights(record):
     assert SelfTrainingDatasetMapper(cfg, True).score_weighted
 
 
+def test_pseudo_boxes_have_scores(record):
+    for annotation, score in zip(record["annotations"], (0.25, 0.5, 0.75)):
+        annotation["score"] = score
+    pseudo = {**record, "label_source": "pseudo"}
+    mapper = make_mapper(T.NoOpTransform(), soft_labels=True)
+    assert mapper(pseudo)["instances"].gt_scores.tolist() == [0.25, 0.75]  # a crowd between them
+    moved = make_mapper(AffineTransform.translation_x(30, 60, 80), soft_labels=True)(pseudo)["instances"]
+    assert moved.gt_classes.tolist() == [3] and moved.gt_scores.tolist() == [0.25]
+    del pseudo["annotations"][2]["score"]  # labels of a person in place of a teacher
+    assert mapper(pseudo)["instances"].gt_scores.tolist() == [0.25, 1.0]
+    assert not mapper(record)["instances"].has("gt_scores")
+    assert not make_mapper()(pseudo)["instances"].has("gt_scores")
+
+
 def paint(box, shape=(60, 80)):
     mask = np.zeros(shape, np.uint8)
     mask[box[1] : box[3], box[0] : box[2]] = 1

@@ -134,7 +134,11 @@ def test_from_config():
     weighted = selection_from_config(cfg, CLASSES)
     assert weighted["score_weighted"] is True and weighted["ignore_score_thresh"] == 0.25
     assert fully_selected(weighted) == {**weighted, "ignore_score_thresh": None, "score_weighted": False}
-    cfg.SELFTRAIN.SCORE_WEIGHTED = False
+    assert selection_in_words(cfg).endswith("(others of 0.25 or more weighed by their score)")
+    cfg.SELFTRAIN.SCORE_WEIGHTED, cfg.SELFTRAIN.SOFT_LABELS = False, True
+    assert selection_from_config(cfg, CLASSES) == weighted  # the same boxes
+    assert selection_in_words(cfg).endswith("(others of 0.25 or more as soft labels)")
+    cfg.SELFTRAIN.SOFT_LABELS = False
     assert "(dog 0.8), on whose place the teacher's views agree to 0.7, the best" in selection_in_words(cfg)
     cfg.SELFTRAIN.LOCALIZATION_THRESH = 0.0
     cfg.SELFTRAIN.SCORE_THRESH_BY_CLASS = ("dog", 0.8, "car")

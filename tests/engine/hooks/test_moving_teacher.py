@@ -118,11 +118,18 @@ def _same(one, two):
             assert value == two[key], key
 
 
-@pytest.mark.parametrize("policy", ["S1", "S4"])
-@pytest.mark.parametrize("masks", [False, True])
-def test_a_step_is_that_of_the_same_labels_on_disk(images, small_config, tmp_path, policy, masks):
-    """What lies between the two thresholds is ignored (S4), or weighed."""
-    weighted = policy == "S1"
+@pytest.mark.parametrize(
+    ("policy", "masks", "between"),
+    [
+        ("S1", False, "gt_weights"),
+        ("S1", True, "gt_weights"),
+        ("S1", False, "gt_scores"),
+        ("S4", False, None),
+        ("S4", True, None),
+    ],
+)
+def test_a_step_is_that_of_the_same_labels_on_disk(images, small_config, tmp_path, policy, masks, between):
+    """What lies between the two thresholds is ignored, or weighed, or a soft label."""
     if masks:
         cfg = small_rcnn_config("SelfTrainingGeneralizedRCNN", MODEL__MASK_ON=True)
         cfg.INPUT.MASK_FORMAT = "bitmask"
@@ -132,7 +139,8 @@ def test_a_step_is_that_of_the_same_labels_on_disk(images, small_config, tmp_pat
     cfg = _student(cfg, tmp_path, INPUT__AUGMENTATION__POLICY=policy)
     floors = _label(cfg, images, tmp_path)
     cfg.SELFTRAIN.SCORE_THRESH, cfg.SELFTRAIN.IGNORE_SCORE_THRESH = floors
-    cfg.SELFTRAIN.SCORE_WEIGHTED = weighted
+    cfg.SELFTRAIN.SCORE_WEIGHTED = between == "gt_weights"
+    cfg.SELFTRAIN.SOFT_LABELS = between == "gt_scores"
     trainer = SelfTrainingTrainer(cfg)
     trainer.resume_or_load(False)
     trainer.moving_teacher.before_train()
@@ -142,20 +150,25 @@ def test_a_step_is_that_of_the_same_labels_on_disk(images, small_config, tmp_pat
     steps = [trainer.moving_teacher.label(b) for b, _ in zip(build_selftrain_train_loader(cfg), range(3))]
 
     register_pseudo_labels(
-        "labels", tmp_path / "labels", floors[0], ignore_score_thresh=floors[1], score_weighted=weighted
+        "labels",
+        tmp_path / "labels",
+        floors[0],
+        ignore_score_thresh=floors[1],
+        score_weighted=between is not None,
     )
     cfg.SELFTRAIN.TEACHER, cfg.DATASETS.PSEUDO_TRAIN = "labels", ("labels",)
-    found = between = 0
+    found = uncertain = 0
     for step, expected in zip(steps, build_selftrain_train_loader(cfg)):
         for one, two in zip(step, expected):
             _same(one, two)
             if one["label_source"] == "pseudo":
                 found += len(one["instances"])
-                if weighted:
-                    between += int((one["instances"].gt_weights < 1).sum())
+                if between is None:
+                    uncertain += len(one["ignored_boxes"])
                 else:
-                    between += len(one["ignored_boxes"])
-    assert found > 10 and between > 10
+                    limit = 1 if between == "gt_weights" else floors[0]
+                    uncertain += int((one["instances"].get(between) < limit).sum())
+    assert found > 10 and uncertain > 10
 
 
 def test_a_step_of_several_views_is_that_of_the_same_labels_on_disk(images, small_config, tmp_path):
