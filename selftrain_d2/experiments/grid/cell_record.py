@@ -98,8 +98,16 @@ def finish(folder: Path, exit_status: int, *, stopped: bool = False) -> dict[str
 
     Returns:
         The record.
+
+    Raises:
+        InputError: the cell's folder is gone.
     """
-    record = read_record(folder) or {}
+    record = read_record(folder)
+    if record is None:
+        raise InputError(
+            f"{folder / CELL} is gone: that folder was deleted or moved while its command ran; run the grid again, which "
+            "starts the cell anew."
+        )
     if exit_status == 0:
         status = FINISHED
     elif stopped or (-exit_status if exit_status < 0 else exit_status - 128) in _KILLED:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,24 @@ def test_killed_cells_are_interrupted_and_go_on(desk, capsys):
     assert desk.record("student/name=SIGTERM")["status"] == "finished"
     assert desk.record("teacher/name=SIGTERM")["starts"] == 2
     assert desk.record("teacher/name=SIGSEGV")["starts"] == 1
+
+
+def test_a_cell_whose_folder_is_deleted_under_it(desk, capsys):
+    desk.write({"one": {"axes": [], "command": "{output} post:begun await:deleted"}})
+
+    def delete():
+        while not (desk.board / "begun").exists():
+            time.sleep(0.01)
+        shutil.rmtree(desk.output / "one")
+        (desk.board / "deleted").touch()
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    assert desk.run() == 2
+    thread.join()
+    assert f"{desk.output / 'one/all/cell.json'} is gone" in capsys.readouterr().err
+    desk.write({"one": {"axes": [], "command": "{output} post:begun await:deleted"}})
+    assert desk.run() == 0 and desk.record("one/all")["status"] == "finished"
 
 
 def test_a_program_that_does_not_exist_is_a_failure(desk):
