@@ -201,8 +201,9 @@ def test_students_follow_their_teacher(name):
     assert values["DATASETS.PSEUDO_TRAIN"] == (re.search(r"_selftraining_([a-z]+)", name)[1] + "_pseudo",)
     allowed = {
         "MODEL.WEIGHTS", "DATASETS.PSEUDO_TRAIN", "SOLVER.PSEUDO_IMS_PER_BATCH", "SOLVER.MAX_ITER",
-        "SELFTRAIN.ALPHA", "OUTPUT_DIR",
+        "SELFTRAIN.ALPHA", "SELFTRAIN.NORMALIZE_LOSS", "OUTPUT_DIR",
     }  # fmt: skip
+    assert values["SELFTRAIN.NORMALIZE_LOSS"]  # the paper's loss, whatever the recipe for few labels has
     if name.startswith(SPINE):  # other configs than their teachers' were released
         allowed |= {
             "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.STEPS", "INPUT.AUGMENTATION.SCALE_RANGE",
