@@ -105,8 +105,8 @@ def finish(folder: Path, exit_status: int, *, stopped: bool = False) -> dict[str
     record = read_record(folder)
     if record is None:
         raise InputError(
-            f"{folder / CELL} is gone: that folder was deleted or moved while its command ran; run the grid again, which "
-            "starts the cell anew."
+            f"{folder / CELL} is gone: that folder was deleted or moved while its command ran; run the grid again, "
+            "which starts the cell anew."
         )
     if exit_status == 0:
         status = FINISHED
