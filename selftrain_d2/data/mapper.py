@@ -151,12 +151,10 @@ class SelfTrainingDatasetMapper(DatasetMapper):
         instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
         classes = [annotation["category_id"] for annotation in objects]
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-        if self.score_weighted and sample["label_source"] == "pseudo":
-            weights = [annotation.get("weight", 1.0) for annotation in objects]
-            instances.gt_weights = torch.tensor(weights, dtype=torch.float32)
-        if self.soft_labels and sample["label_source"] == "pseudo":
-            scores = [annotation.get("score", 1.0) for annotation in objects]
-            instances.gt_scores = torch.tensor(scores, dtype=torch.float32)
+        for key, asked in (("weight", self.score_weighted), ("score", self.soft_labels)):
+            if asked and sample["label_source"] == "pseudo":
+                values = [annotation.get(key, 1.0) for annotation in objects]
+                instances.set(f"gt_{key}s", torch.tensor(values, dtype=torch.float32))
         if self.use_instance_mask:
             instances.gt_masks = self._masks(objects, transforms, image_size, sample)
         if self.use_keypoint:

@@ -234,36 +234,24 @@ def test_images_without_boxes_stay(record, mask_format):
     assert len(off(record)["instances"]) == 0
 
 
-def test_pseudo_boxes_have_weights(record):
-    for annotation, weight in zip(record["annotations"], (0.25, 0.5, 1.0)):
-        annotation.update(weight=weight, score=0.9)
+@pytest.mark.parametrize(("key", "option"), [("weight", "score_weighted"), ("score", "soft_labels")])
+def test_pseudo_boxes_have_weights_or_scores(record, key, option):
+    field = f"gt_{key}s"
+    for annotation, value in zip(record["annotations"], (0.25, 0.5, 0.75)):
+        annotation.update({"score": 0.9, key: value})
     pseudo = {**record, "label_source": "pseudo"}
-    mapper = make_mapper(T.NoOpTransform(), score_weighted=True)
-    assert mapper(pseudo)["instances"].gt_weights.tolist() == [0.25, 1.0]  # a crowd between them
+    mapper = make_mapper(T.NoOpTransform(), **{option: True})
+    assert mapper(pseudo)["instances"].get(field).tolist() == [0.25, 0.75]  # a crowd between them
     # Pushed to the right, the second box is lost.
-    moved = make_mapper(AffineTransform.translation_x(30, 60, 80), score_weighted=True)(pseudo)["instances"]
-    assert moved.gt_classes.tolist() == [3] and moved.gt_weights.tolist() == [0.25]
-    del pseudo["annotations"][2]["weight"]  # labels of a person in place of a teacher
-    assert mapper(pseudo)["instances"].gt_weights.tolist() == [0.25, 1.0]
-    assert not mapper(record)["instances"].has("gt_weights")
-    assert not make_mapper()(pseudo)["instances"].has("gt_weights")
+    moved = make_mapper(AffineTransform.translation_x(30, 60, 80), **{option: True})(pseudo)["instances"]
+    assert moved.gt_classes.tolist() == [3] and moved.get(field).tolist() == [0.25]
+    del pseudo["annotations"][2][key]  # labels of a person in place of a teacher
+    assert mapper(pseudo)["instances"].get(field).tolist() == [0.25, 1.0]
+    assert not mapper(record)["instances"].has(field)
+    assert not make_mapper()(pseudo)["instances"].has(field)
     cfg = make_config()
-    cfg.SELFTRAIN.SCORE_WEIGHTED = True
-    assert SelfTrainingDatasetMapper(cfg, True).score_weighted
-
-
-def test_pseudo_boxes_have_scores(record):
-    for annotation, score in zip(record["annotations"], (0.25, 0.5, 0.75)):
-        annotation["score"] = score
-    pseudo = {**record, "label_source": "pseudo"}
-    mapper = make_mapper(T.NoOpTransform(), soft_labels=True)
-    assert mapper(pseudo)["instances"].gt_scores.tolist() == [0.25, 0.75]  # a crowd between them
-    moved = make_mapper(AffineTransform.translation_x(30, 60, 80), soft_labels=True)(pseudo)["instances"]
-    assert moved.gt_classes.tolist() == [3] and moved.gt_scores.tolist() == [0.25]
-    del pseudo["annotations"][2]["score"]  # labels of a person in place of a teacher
-    assert mapper(pseudo)["instances"].gt_scores.tolist() == [0.25, 1.0]
-    assert not mapper(record)["instances"].has("gt_scores")
-    assert not make_mapper()(pseudo)["instances"].has("gt_scores")
+    cfg.SELFTRAIN[option.upper()] = True
+    assert getattr(SelfTrainingDatasetMapper(cfg, True), option)
 
 
 def paint(box, shape=(60, 80)):

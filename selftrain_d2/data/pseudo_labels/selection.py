@@ -135,9 +135,8 @@ def selection_in_words(cfg: CfgNode) -> str:
         text += f", on whose place the teacher's views agree to {selftrain.LOCALIZATION_THRESH:g}"
     text += f", the best {selftrain.TOP_K} of an image" if selftrain.TOP_K else ""
     ignored = selftrain.IGNORE_SCORE_THRESH
-    how = "ignored"
-    if trains_on_uncertain(cfg):
-        how = "as soft labels" if selftrain.SOFT_LABELS else "weighed by their score"
+    how = "weighed by their score" if selftrain.SCORE_WEIGHTED else "ignored"
+    how = "as soft labels" if selftrain.SOFT_LABELS else how
     return text + (f" (others of {ignored:g} or more {how})" if ignored else "")
 
 

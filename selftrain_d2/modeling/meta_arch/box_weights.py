@@ -17,9 +17,9 @@ from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.meta_arch.ignored_boxes import replaced
 
 
-def have_weights(instances: Sequence[Instances]) -> bool:
-    """Whether boxes of any of N images have weights."""
-    return any(x.has("gt_weights") for x in instances)
+def have_weights(instances: Sequence[Instances], field: str = "gt_weights") -> bool:
+    """Whether boxes of any of N images have weights, or another ``field``."""
+    return any(x.has(field) for x in instances)
 
 
 def matched_weights(

@@ -10,7 +10,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, SemanticSegmentor
-from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from selftrain_d2.modeling.meta_arch.classification import (
     without_classification,
 )
 from selftrain_d2.modeling.meta_arch.ignored_boxes import OverlapRule, never_background
-from selftrain_d2.modeling.meta_arch.soft_labels import check_takes_soft_labels
+from selftrain_d2.modeling.meta_arch.soft_labels import check_takes_soft_labels, scores_of
 
 #: The two sources of labels, in the order of every pair in this package.
 LABEL_SOURCES = ("human", "pseudo")
@@ -187,18 +186,14 @@ class LossesBySource:
             if "instances" in sample:
                 if sample["instances"].has("gt_weights"):
                     check_weighs_boxes(self)
-                self.label_counts["boxes"][source].add(self._count_boxes(sample["instances"]))
+                if sample["instances"].has("gt_scores"):
+                    check_takes_soft_labels(self)
+                # Of soft labels as many as are to be expected.
+                self.label_counts["boxes"][source].add(scores_of(sample["instances"]).sum().item())
             if "sem_seg" in sample:
                 self.label_counts["pixels"][source].add(self._valid_pixel_share(sample))
             if "ignored_boxes" in sample:
                 self.label_counts["ignored_boxes"][source].add(len(sample["ignored_boxes"]))
-
-    def _count_boxes(self, instances: Instances) -> float:
-        """How many boxes an image is labeled with; of soft labels how many are to be expected."""
-        if not instances.has("gt_scores"):
-            return len(instances)
-        check_takes_soft_labels(self)
-        return instances.gt_scores.sum().item()
 
     @contextlib.contextmanager
     def one_step(self, batches: Sequence[list[dict]]) -> Iterator[None]:

@@ -22,7 +22,7 @@ from selftrain_d2.modeling.meta_arch.by_source import (
 )
 from selftrain_d2.modeling.meta_arch.classification import without_classification
 from selftrain_d2.modeling.meta_arch.ignored_boxes import ignored_boxes
-from selftrain_d2.modeling.meta_arch.soft_labels import have_scores, scores_of, soft_focal_loss, soft_targets
+from selftrain_d2.modeling.meta_arch.soft_labels import scores_of, soft_focal_loss, soft_targets
 
 
 class DenseLossesBySource(LossesBySource):
@@ -109,14 +109,15 @@ class DenseLossesBySource(LossesBySource):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As the detector's, with the step's positive anchors counted, and without the background that is ignored."""
         labels, boxes = super().label_anchors(anchors, gt_instances)
+        scores = self._weights(gt_instances, labels, boxes, "gt_scores")
         if self._source not in self._positives:
-            self._positives[self._source] = _over_processes(self._count_positive(labels, boxes, gt_instances))
-        self._anchor_weights = self._soft_targets = None
-        if have_scores(gt_instances):
-            self._anchor_weights = self._weights(gt_instances, labels, boxes, "gt_scores")
-            self._soft_targets = self._targets(anchors, gt_instances)
-        elif have_weights(gt_instances):
+            self._positives[self._source] = _over_processes(self._count_positive(labels, scores))
+        if scores is None:
             self._anchor_weights = self._weights(gt_instances, labels, boxes, "gt_weights")
+            self._soft_targets = None
+        else:
+            self._anchor_weights = scores
+            self._soft_targets = self._targets(anchors, gt_instances)
         if self._ignored is not None:
             every_anchor = Boxes.cat(anchors)
             for i, image in enumerate(self._sources[self._source]):
@@ -138,7 +139,10 @@ class DenseLossesBySource(LossesBySource):
 
     def _weights(
         self, gt_instances: list[Instances], labels: list[Tensor], boxes: list[Tensor], field: str
-    ) -> Tensor:
+    ) -> Tensor | None:
+        """(N, R): the field of the boxes that positive anchors are matched with, else 1; None where no box has it."""
+        if not have_weights(gt_instances, field):
+            return None
         weights = torch.ones(len(labels), len(labels[0]), device=labels[0].device)
         for image, instances in enumerate(gt_instances):
             positive = self._is_positive(labels[image])
@@ -204,15 +208,12 @@ class DenseLossesBySource(LossesBySource):
     def _is_positive(self, labels: Tensor) -> Tensor:
         return (labels >= 0) & (labels != self.num_classes)
 
-    def _count_positive(
-        self, labels: list[Tensor], boxes: list[Tensor], gt_instances: list[Instances]
-    ) -> Tensor:
-        """How many anchors are positive; of soft labels the sum of their scores."""
+    def _count_positive(self, labels: list[Tensor], scores: Tensor | None) -> Tensor:
+        """How many anchors are positive; of soft labels the sum of their scores (N, R)."""
         positive = [self._is_positive(x) for x in labels]
-        if not have_scores(gt_instances):
+        if scores is None:
             return sum(x.sum() for x in positive)
-        weights = self._weights(gt_instances, labels, boxes, "gt_scores")
-        return sum(weight[x].sum() for weight, x in zip(weights, positive))
+        return sum(of_image[x].sum() for of_image, x in zip(scores, positive))
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         """What the detector divides its losses by. It calls this once a pass, with this process's count."""
@@ -244,7 +245,8 @@ class DenseLossesBySource(LossesBySource):
                     x["instances"].to(self.device) for x in batch if x.get("label_source", "human") == source
                 ]
                 labels, boxes = super().label_anchors(anchors, instances)
-                counts[number] += self._count_positive(labels, boxes, instances)
+                scores = self._weights(instances, labels, boxes, "gt_scores")
+                counts[number] += self._count_positive(labels, scores)
         self._positives = dict(zip(LABEL_SOURCES, _over_processes(counts)))
         self._number_of_passes = len(batches)
         try:

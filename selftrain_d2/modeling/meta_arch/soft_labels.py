@@ -1,11 +1,9 @@
 """Pseudo boxes that teach a class as far as the teacher believes in it: ``gt_scores`` of ``Instances``, in [0, 1].
 
-Letters in shapes: M boxes of an image, R anchors (locations), C classes, N images.
+Letters in shapes: M boxes of an image, R anchors (locations), C classes.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from detectron2.structures import Instances
@@ -15,18 +13,11 @@ from torch.nn import functional as F
 from selftrain_d2.errors import InputError
 
 
-def have_scores(instances: Sequence[Instances]) -> bool:
-    """Whether boxes of any of N images are soft labels."""
-    return any(x.has("gt_scores") for x in instances)
-
-
 def scores_of(instances: Instances) -> Tensor:
     """(M,) scores of the boxes of an image; 1 where they have none."""
-    return (
-        instances.gt_scores
-        if instances.has("gt_scores")
-        else instances.gt_boxes.tensor.new_ones(len(instances))
-    )
+    if instances.has("gt_scores"):
+        return instances.gt_scores
+    return instances.gt_boxes.tensor.new_ones(len(instances))
 
 
 def soft_targets(labels: Tensor, classes: Tensor, scores: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,10 @@ def _model(kind):
     return instantiate(lazy).train()
 
 
-def _weighted(batch, *weights):
+def _weighted(batch, *weights, field="gt_weights"):
     """A copy whose image 2, a pseudo-labeled one of two boxes, has these weights."""
     copied = [{**x, "instances": x["instances"][:]} for x in batch]
-    copied[2]["instances"].gt_weights = torch.tensor(weights)
+    copied[2]["instances"].set(field, torch.tensor(weights))
     return copied
 
 
@@ -48,6 +48,67 @@ def _losses(model, batch):
     return {name: loss.item() for name, loss in losses.items()}, gradients
 
 
+def _image():
+    return torch.randint(0, 255, (3, 96, 96), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def _predictions(model, image):
+    """Of a RetinaNet of two classes, in numpy: logits (R, 2), deltas (R, 4), anchors (R, 4)."""
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+        features = [features[name] for name in model.head_in_features]
+        logits, deltas = model._transpose_dense_predictions(model.head(features), [2, 4])
+        anchors = np.concatenate([a.tensor.numpy() for a in model.anchor_generator(features)])
+    logits, deltas = (torch.cat(x, dim=1)[0].double().numpy() for x in (logits, deltas))
+    return logits, deltas, anchors
+
+
+def _l1_loss(deltas, anchor, box):
+    size, wanted = anchor[2:] - anchor[:2], box[2:] - box[:2]
+    centers = (box[:2] + wanted / 2) - (anchor[:2] + size / 2)
+    return np.abs(deltas - np.concatenate([centers / size, np.log(wanted / size)])).sum()
+
+
+def _pseudo_labels(folder, image_root, boxes, scores):
+    """A finished folder with one image of noise, on which the teacher sees one box of each of two classes."""
+    cv2.imwrite(str(image_root / "a.png"), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": str(image_root)}
+    with PseudoLabelWriter(folder, identity, ["a.png"]) as writer:
+        writer.write_shard(0, [make_row("a.png", 64, 64, boxes, scores, [0, 1])])
+        writer.finish()
+
+
+def _plain_mapper(key):
+    """By a config with this key of SELFTRAIN set; it augments nothing."""
+    cfg = get_cfg()
+    add_selftrain_config(cfg)
+    cfg.SELFTRAIN[key] = True
+    mapper = SelfTrainingDatasetMapper(cfg, True)
+    mapper.augmentations = T.AugmentationList([])
+    return mapper
+
+
+def _check_refused(architecture, key, field, message):
+    """The config's key is refused when a student is built, and the field of its boxes in a step; a teacher may have it.
+
+    Returns:
+        the student's config, and its model.
+    """
+    cfg = small_rcnn_config(architecture, **{f"SELFTRAIN__{key}": True})
+    model = build_model(cfg)
+    instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 60.0, 60.0]])))
+    instances.gt_classes = torch.tensor([0])
+    instances.set(field, torch.tensor([0.5]))
+    sample = {"image": torch.zeros(3, 96, 96), "instances": instances, "label_source": "pseudo"}
+    with pytest.raises(InputError, match=message), EventStorage():
+        model([sample])
+    check_score_weights(cfg, model)  # a teacher
+    cfg.DATASETS.PSEUDO_TRAIN = ("pseudo",)
+    with pytest.raises(InputError, match=message):
+        check_score_weights(cfg, model)
+    return cfg, model
+
+
 def _iou(box, anchors):
     low, high = np.maximum(box[:2], anchors[:, :2]), np.minimum(box[2:], anchors[:, 2:])
     common = np.clip(high - low, 0, None).prod(axis=1)
@@ -58,18 +119,13 @@ def test_losses_of_two_boxes_by_hand():
     """Matching, focal loss and L1 loss of RetinaNet in numpy, anchor by anchor."""
     model = _model("retinanet")
     model.normalize_by_batch = True
-    image = torch.randint(0, 255, (3, 96, 96), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    image = _image()
     boxes, classes, weights = np.array([[8.0, 8, 40, 48], [50, 30, 90, 80]]), [1, 0], [0.3, 0.8]
     instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
     instances.gt_classes, instances.gt_weights = torch.tensor(classes), torch.tensor(weights)
     found, _ = _losses(model, [{"image": image, "instances": instances, "label_source": "pseudo"}])
 
-    with torch.no_grad():
-        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
-        features = [features[name] for name in model.head_in_features]
-        logits, deltas = model._transpose_dense_predictions(model.head(features), [2, 4])
-        anchors = np.concatenate([a.tensor.numpy() for a in model.anchor_generator(features)])
-    logits, deltas = (torch.cat(x, dim=1)[0].double().numpy() for x in (logits, deltas))
+    logits, deltas, anchors = _predictions(model, image)
     iou = np.stack([_iou(box, anchors) for box in boxes])
     of_class, of_box, positives = 0.0, 0.0, 0
     for i, anchor in enumerate(anchors):
@@ -85,10 +141,7 @@ def test_losses_of_two_boxes_by_hand():
             of_class += weight * (-0.25 * (1 - p) ** 2 * np.log(p) if hit else -0.75 * p**2 * np.log1p(-p))
         if positive:
             positives += 1
-            size, wanted = anchor[2:] - anchor[:2], boxes[best][2:] - boxes[best][:2]
-            centers = (boxes[best][:2] + wanted / 2) - (anchor[:2] + size / 2)
-            target = np.concatenate([centers / size, np.log(wanted / size)])
-            of_box += weight * np.abs(deltas[i] - target).sum()
+            of_box += weight * _l1_loss(deltas[i], anchor, boxes[best])
     assert positives > 4
     normalizer = positives + 1
     assert found["loss_cls_pseudo"] == pytest.approx(of_class / normalizer, rel=1e-4)
@@ -254,21 +307,12 @@ def test_scores_between_two_thresholds_weigh_by_hand(architecture, tmp_path):
     A score of 0.3 counts a quarter: (0.3 - 0.2) / (0.6 - 0.2). What counts nothing has the losses of 0.2, what counts
     fully those of the paper, without weights.
     """
-    cv2.imwrite(str(tmp_path / "a.png"), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    cfg = get_cfg()
-    add_selftrain_config(cfg)
-    cfg.SELFTRAIN.SCORE_WEIGHTED = True
-    mapper = SelfTrainingDatasetMapper(cfg, True)
-    mapper.augmentations = T.AugmentationList([])
+    mapper = _plain_mapper("SCORE_WEIGHTED")
 
     def losses(score, **selection):
         folder = tmp_path / f"{score}"
         if not folder.exists():
-            identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": str(tmp_path)}
-            with PseudoLabelWriter(folder, identity, ["a.png"]) as writer:
-                boxes = [[8, 8, 40, 40], [20, 4, 60, 50]]
-                writer.write_shard(0, [make_row("a.png", 64, 64, boxes, [score, 0.9], [0, 1])])
-                writer.finish()
+            _pseudo_labels(folder, tmp_path, [[8, 8, 40, 40], [20, 4, 60, 50]], [score, 0.9])
         dataset = load_pseudo_labels(folder, 0.6, ignore_score_thresh=0.2, **selection)
         torch.manual_seed(0)  # of an R-CNN's sampling
         return _losses(architecture, [mapper(sample) for sample in dataset])[0]
@@ -281,15 +325,5 @@ def test_scores_between_two_thresholds_weigh_by_hand(architecture, tmp_path):
 
 
 def test_weights_are_refused_where_no_loss_knows_them():
-    cfg = small_rcnn_config("SelfTrainingSemanticSegmentor", SELFTRAIN__SCORE_WEIGHTED=True)
-    model = build_model(cfg)
-    instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 60.0, 60.0]])))
-    instances.gt_classes, instances.gt_weights = torch.tensor([0]), torch.tensor([0.5])
-    sample = {"image": torch.zeros(3, 96, 96), "instances": instances, "label_source": "pseudo"}
     message = "SelfTrainingSemanticSegmentor has no loss of each box .* set SELFTRAIN.SCORE_WEIGHTED False"
-    with pytest.raises(InputError, match=message), EventStorage():
-        model([sample])
-    check_score_weights(cfg, model)  # a teacher
-    cfg.DATASETS.PSEUDO_TRAIN = ("pseudo",)
-    with pytest.raises(InputError, match=message):
-        check_score_weights(cfg, model)
+    _check_refused("SelfTrainingSemanticSegmentor", "SCORE_WEIGHTED", "gt_weights", message)

@@ -1,25 +1,27 @@
 """Soft labels: matching, targets and losses by hand, against detectron2's own, and from a folder of pseudo labels."""
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import small_rcnn_config
-from detectron2.config import get_cfg
-from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss
-from test_box_weights import _iou, _losses, _model
+from test_box_weights import (
+    _check_refused,
+    _image,
+    _iou,
+    _l1_loss,
+    _losses,
+    _model,
+    _plain_mapper,
+    _predictions,
+    _pseudo_labels,
+    _weighted,
+)
 from test_dense import _batch
 
-from selftrain_d2 import add_selftrain_config
-from selftrain_d2.data.mapper import SelfTrainingDatasetMapper
 from selftrain_d2.data.pseudo_labels.reader import load_pseudo_labels
-from selftrain_d2.data.pseudo_labels.shards import make_row
-from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 from selftrain_d2.engine.config_checks import check_score_weights
 from selftrain_d2.errors import InputError
 from selftrain_d2.modeling.matcher import BestAnchorMatcher, labels_of_each_box
@@ -37,11 +39,10 @@ from selftrain_d2.modeling.meta_arch.soft_labels import soft_focal_loss, soft_ta
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_of_each_box_are_the_matchers_of_one_row(matcher, seed):
-    # Few distinct values: ties and exact thresholds.
+    # Few distinct values: ties and exact thresholds. The first box meets no anchor.
     overlap = torch.randint(0, 9, (6, 8), generator=torch.Generator().manual_seed(seed)) / 10
     overlap[0] *= 0
     rows = [matcher(row[None])[1] for row in overlap]
-    # detectron2's gives a box that meets no anchor all of them; here that is one of ours alone.
     assert torch.equal(labels_of_each_box(matcher, overlap), torch.stack(rows))
     assert labels_of_each_box(matcher, torch.zeros(0, 7)).shape == (0, 7)
 
@@ -71,10 +72,8 @@ def test_soft_focal_loss(alpha, gamma):
     assert (losses[:6].diff() < 0).all() and (losses[5:].diff() > 0).all()
 
 
-def _soft(batch, image, scores):
-    copied = [{**x, "instances": x["instances"][:]} for x in batch]
-    copied[image]["instances"].gt_scores = torch.tensor(scores)
-    return copied
+def _soft(batch, *scores):
+    return _weighted(batch, *scores, field="gt_scores")
 
 
 def _apart():
@@ -88,7 +87,7 @@ def _apart():
 def test_scores_of_one_are_hard_labels(kind):
     model, batch = _model(kind), _apart()
     expected, gradients = _losses(model, batch)
-    found, found_gradients = _losses(model, _soft(batch, 2, [1.0, 1.0]))
+    found, found_gradients = _losses(model, _soft(batch, 1.0, 1.0))
     assert found == pytest.approx(expected, rel=1e-4)
     for one, other in zip(found_gradients, gradients):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
@@ -101,13 +100,13 @@ def test_ignored_boxes_are_still_ignored(kind):
     batch[2]["ignored_boxes"] = Boxes(torch.tensor([[20.0, 20.0, 90.0, 90.0]]))
     expected, _ = _losses(model, batch)
     assert expected != pytest.approx(_losses(model, _apart())[0], rel=1e-4)
-    assert _losses(model, _soft(batch, 2, [1.0, 1.0]))[0] == pytest.approx(expected, rel=1e-4)
+    assert _losses(model, _soft(batch, 1.0, 1.0))[0] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["fcos", "retinanet"])
 def test_parts_of_a_batch_are_the_batch(kind):
     """Gradient accumulation: the number of positive anchors is that of the step."""
-    model, batch = _model(kind), _soft(_batch(), 2, [0.3, 0.8])
+    model, batch = _model(kind), _soft(_batch(), 0.3, 0.8)
     model.normalize_by_batch = kind == "retinanet"
     whole, gradients = _losses(model, batch)
     model.positive_anchor_averages = {}
@@ -125,19 +124,14 @@ def test_losses_of_two_guesses_by_hand():
     """Matching, loss towards both classes and L1 loss of RetinaNet in numpy, anchor by anchor."""
     model = _model("retinanet")
     model.normalize_by_batch = True
-    image = torch.randint(0, 255, (3, 96, 96), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    image = _image()
     boxes, classes, scores = np.array([[8.0, 8, 40, 48], [10, 8, 42, 46]]), [1, 0], [0.3, 0.8]
     instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
     instances.gt_classes, instances.gt_scores = torch.tensor(classes), torch.tensor(scores)
     found, _ = _losses(model, [{"image": image, "instances": instances, "label_source": "pseudo"}])
     assert model.label_counts["boxes"]["pseudo"].labels == pytest.approx(1.1)
 
-    with torch.no_grad():
-        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
-        features = [features[name] for name in model.head_in_features]
-        logits, deltas = model._transpose_dense_predictions(model.head(features), [2, 4])
-        anchors = np.concatenate([a.tensor.numpy() for a in model.anchor_generator(features)])
-    logits, deltas = (torch.cat(x, dim=1)[0].double().numpy() for x in (logits, deltas))
+    logits, deltas, anchors = _predictions(model, image)
     iou = np.stack([_iou(box, anchors) for box in boxes])
     best_of_box = iou == iou.max(axis=1, keepdims=True)
     of_class, of_box, positives = 0.0, 0.0, 0.0
@@ -154,10 +148,7 @@ def test_losses_of_two_guesses_by_hand():
         best = int(iou[:, i].argmax())
         if iou[best, i] >= 0.5 or best_of_box[:, i].any():
             positives += scores[best]
-            size, wanted = anchor[2:] - anchor[:2], boxes[best][2:] - boxes[best][:2]
-            centers = (boxes[best][:2] + wanted / 2) - (anchor[:2] + size / 2)
-            target = np.concatenate([centers / size, np.log(wanted / size)])
-            of_box += scores[best] * np.abs(deltas[i] - target).sum()
+            of_box += scores[best] * _l1_loss(deltas[i], anchor, boxes[best])
     assert positives > 1.5
     assert found["loss_cls_pseudo"] == pytest.approx(of_class / (positives + 1), rel=1e-4)
     assert found["loss_box_reg_pseudo"] == pytest.approx(of_box / (positives + 1), rel=1e-4)
@@ -166,18 +157,8 @@ def test_losses_of_two_guesses_by_hand():
 @pytest.mark.parametrize("kind", ["fcos", "retinanet"])
 def test_from_labels_on_disk(kind, tmp_path):
     """The second guess at a place is learned too, and only with the key; people's boxes stay hard."""
-    cv2.imwrite(str(tmp_path / "a.png"), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    identity = {"thing_classes": ["red", "green"], "score_floor": 0.05, "image_root": str(tmp_path)}
-    with PseudoLabelWriter(tmp_path / "labels", identity, ["a.png"]) as writer:
-        writer.write_shard(
-            0, [make_row("a.png", 64, 64, [[8, 8, 40, 40], [9, 8, 40, 41]], [0.6, 0.35], [0, 1])]
-        )
-        writer.finish()
-    cfg = get_cfg()
-    add_selftrain_config(cfg)
-    cfg.SELFTRAIN.SOFT_LABELS, cfg.SELFTRAIN.IGNORE_SCORE_THRESH = True, 0.1
-    mapper = SelfTrainingDatasetMapper(cfg, True)
-    mapper.augmentations = T.AugmentationList([])
+    _pseudo_labels(tmp_path / "labels", tmp_path, [[8, 8, 40, 40], [9, 8, 40, 41]], [0.6, 0.35])
+    mapper = _plain_mapper("SOFT_LABELS")
     dataset = load_pseudo_labels(tmp_path / "labels", 0.5, ignore_score_thresh=0.1, score_weighted=True)
     sample = mapper(dataset[0])
     assert sample["instances"].gt_scores.tolist() == pytest.approx([0.6, 0.35])
@@ -194,18 +175,8 @@ def test_from_labels_on_disk(kind, tmp_path):
 
 
 def test_refusals():
-    cfg = small_rcnn_config("SelfTrainingGeneralizedRCNN", SELFTRAIN__SOFT_LABELS=True)
-    model = build_model(cfg)
-    instances = Instances((96, 96), gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 60.0, 60.0]])))
-    instances.gt_classes, instances.gt_scores = torch.tensor([0]), torch.tensor([0.5])
-    sample = {"image": torch.zeros(3, 96, 96), "instances": instances, "label_source": "pseudo"}
     message = "SelfTrainingGeneralizedRCNN has no class loss .* set SELFTRAIN.SOFT_LABELS False"
-    with pytest.raises(InputError, match=message), EventStorage():
-        model([sample])
-    check_score_weights(cfg, model)  # a teacher
-    cfg.DATASETS.PSEUDO_TRAIN = ("pseudo",)
-    with pytest.raises(InputError, match=message):
-        check_score_weights(cfg, model)
+    cfg, model = _check_refused("SelfTrainingGeneralizedRCNN", "SOFT_LABELS", "gt_scores", message)
     cfg.SELFTRAIN.SCORE_WEIGHTED = True
     with pytest.raises(InputError, match="set one of them False"):
         check_score_weights(cfg, model)
