@@ -7,7 +7,7 @@ names an earlier one in braces gets the output folder of that step's cell, and r
 alphas share one teacher. See ``configs/grids`` for grids in use.
 
     title: Does the teacher's length matter?
-    values: {data: data/trees}                       # constants; --set NAME=VALUE changes them
+    values: {data: data/trees}                       # constants; --set NAME=VALUE changes them (a list: by a line)
     axes:
       seed: [0, 1, 2]
       loss:                                          # a name, and the words it stands for
@@ -336,4 +336,10 @@ def _cells_of_step(
 def _change(values: Mapping[str, Any], changed: Mapping[str, str], where: str) -> dict[str, Any]:
     for name in changed:
         check_known(name, values, "constant", f"{where}: values")
-    return {**values, **changed}
+    # In place of a list comes a list, of a line as a shell reads it.
+    words = {
+        name: words_of(text, f"--set {name}")
+        for name, text in changed.items()
+        if isinstance(values[name], list)
+    }
+    return {**values, **changed, **words}

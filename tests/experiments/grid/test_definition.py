@@ -70,6 +70,14 @@ def test_constants_can_be_changed():
     assert parse_grid(grid.source, "copy").cells == grid.cells
 
 
+def test_a_list_is_changed_by_a_line_as_a_shell_reads_it():
+    grid = parse(common="--labels 'my labels.json' {data}")
+    assert grid.cells[0].words("r")[:5] == ["train", "--labels", "my labels.json", "pictures", "OUT"]
+    assert parse_grid(grid.source, "copy").cells == grid.cells
+    with pytest.raises(InputError, match="--set common: No closing quotation"):
+        parse(common="--labels 'my labels.json")
+
+
 def test_a_step_without_axes_has_one_cell():
     grid = parse_grid({"steps": {"splits": {"command": "make-splits {output}"}}}, "g.yaml")
     assert [cell.id for cell in grid.cells] == ["splits/all"]
