@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import remove_unfinished, writing
+from selftrain_d2.files import remove_unfinished
 from selftrain_d2.folder_lock import FolderLock
 from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
 from selftrain_d2.processes import on_main_process
@@ -36,9 +36,7 @@ def held(folder: str | os.PathLike, check: Callable[[], None] | None = None) -> 
     folder = Path(folder)
 
     def take() -> FolderLock:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(folder)
+        lock = FolderLock(folder)
         try:
             if check is not None:
                 check()

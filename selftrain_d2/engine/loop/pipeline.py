@@ -19,7 +19,6 @@ from selftrain_d2.engine.loop.stages import PSEUDO, Stages
 from selftrain_d2.engine.loop.summary import write_summary
 from selftrain_d2.engine.loop.tasks import Task
 from selftrain_d2.engine.run_folder import MOVING_TEACHER
-from selftrain_d2.files import writing
 from selftrain_d2.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -58,10 +57,7 @@ def self_train(
             without torchrun.
     """
     stages = checked_stages(cfg, task, output, options or LoopOptions())
-    with writing(output):
-        stages.output.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(output)
-    with contextlib.closing(lock):
+    with contextlib.closing(FolderLock(output)):
         return _run(stages)
 
 
