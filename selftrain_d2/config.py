@@ -237,6 +237,9 @@ def add_selftrain_config(cfg: CfgNode) -> None:
     cfg.SELFTRAIN.TTA.SCALES = (1.0,)
     # Each box is the mean, by score, of the boxes of its class in all views from this IoU with it on; 0: the best one.
     cfg.SELFTRAIN.TTA.BOX_VOTING = 0.0
+    # "best": a box has the score of the view that has the highest. "mean": that of all views, of which those that do
+    # not see it have 0; so only what all are sure of has a high score, and thresholds leave fewer boxes.
+    cfg.SELFTRAIN.TTA.SCORES = "best"
     # When several processes label: after so many seconds in which none finished a shard, those that have nothing to do
     # make the ones that others had taken as well. More than a shard of 256 images takes saves work made twice.
     cfg.SELFTRAIN.TAKE_OVER_SECONDS = 300.0

@@ -114,6 +114,7 @@ RULES: dict[str, Rule] = {
     ),
     "SELFTRAIN.REFINE_ITERS": _at_least(0),
     "SELFTRAIN.REFINE_LR_FACTOR": Rule(lambda value: 0 < value < float("inf"), lambda: "a number above 0"),
+    "SELFTRAIN.TTA.SCORES": _one_of(lambda: ("best", "mean")),
     "SELFTRAIN.TTA.BOX_VOTING": Rule(lambda value: 0 <= value <= 1, lambda: "an IoU in [0, 1]"),
     "SELFTRAIN.MIN_NONEMPTY_SHARE": Rule(lambda value: 0 <= value <= 1, lambda: "a share in [0, 1]"),
 }

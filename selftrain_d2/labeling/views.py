@@ -19,7 +19,8 @@ Merge = Callable[[Sequence[Instances]], Instances]
 
 def see_once(cfg: CfgNode) -> None:
     """Set SELFTRAIN.TTA of ``cfg`` so that a detector sees each image once, as in evaluation."""
-    cfg.SELFTRAIN.TTA.SCALES, cfg.SELFTRAIN.TTA.FLIP, cfg.SELFTRAIN.TTA.BOX_VOTING = (1.0,), False, 0.0
+    tta = cfg.SELFTRAIN.TTA
+    tta.SCALES, tta.FLIP, tta.BOX_VOTING, tta.SCORES = (1.0,), False, 0.0, "best"
 
 
 def mirrored(instances: Instances) -> Instances:
@@ -43,12 +44,13 @@ def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
 
     Of the same object seen several times, NMS within its class keeps the best; with
     MODEL.RETINANET.SOFT_NMS_SIGMA the others lose score instead. With SELFTRAIN.TTA.BOX_VOTING the box is
-    the mean of all of them.
+    the mean of all of them, with SELFTRAIN.TTA.SCORES "mean" its score that of all views.
     """
     two_stage = hasattr(detector, "roi_heads")
     keys = cfg.MODEL.ROI_HEADS if two_stage else cfg.MODEL.RETINANET
     sigma = 0.0 if two_stage else cfg.MODEL.RETINANET.SOFT_NMS_SIGMA
-    iou_to_vote = cfg.SELFTRAIN.TTA.BOX_VOTING
+    iou_to_vote, most = cfg.SELFTRAIN.TTA.BOX_VOTING, cfg.TEST.DETECTIONS_PER_IMAGE
+    takes_mean = cfg.SELFTRAIN.TTA.SCORES == "mean"
 
     def merge(views: Sequence[Instances]) -> Instances:
         together = Instances.cat(list(views))
@@ -60,13 +62,17 @@ def build_merge(cfg: CfgNode, detector: nn.Module) -> Merge:
                 classes,
                 sigma=sigma,
                 score_thresh=keys.SCORE_THRESH_TEST,
-                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+                max_detections=most,
             )
             best = together[kept]
             best.scores = scores
         else:
             kept = batched_nms(boxes, scores, classes, keys.NMS_THRESH_TEST)
-            best = together[kept[: cfg.TEST.DETECTIONS_PER_IMAGE]]
+            best = together[kept if takes_mean else kept[:most]]
+        if takes_mean:
+            best.scores = mean_scores(best, views, keys.NMS_THRESH_TEST)
+            best = best[best.scores.argsort(descending=True)[:most]]
+            best = best[best.scores >= keys.SCORE_THRESH_TEST]
         if iou_to_vote:
             best.pred_boxes = Boxes(voted_boxes(best, together, iou_to_vote))
         return best
@@ -95,6 +101,25 @@ def voted_boxes(kept: Instances, candidates: Instances, iou_threshold: float) ->
     return weights @ candidates.pred_boxes.tensor / weights.sum(dim=1, keepdim=True)
 
 
+def mean_scores(boxes: Instances, seen: Sequence[Instances], iou_threshold: float) -> Tensor:
+    """The mean, over all views, of the best score that the class of a box has in its place; 0 where a view has none.
+
+    The best score of all views is too high for what only one of them takes for an object. The mean, as weighted boxes
+    fusion has it (Solovyev et al., 2021, Section 3), is nearer to how often such boxes are right.
+
+    Args:
+        boxes: N detections, each out of one of the views. A score that Soft-NMS has lowered is lowered by as much
+            in the mean.
+        seen: the detections of each view, in the same pixels.
+        iou_threshold: the place of a box is what has at least this IoU with it.
+
+    Returns:
+        (N,) in [0, 1].
+    """
+    scores = _best_in_views(boxes, seen, lambda iou, view: (iou >= iou_threshold) * view.scores)
+    return boxes.scores * scores.mean(dim=0) / scores.amax(dim=0)
+
+
 def localization_scores(boxes: Instances, seen: Sequence[Instances]) -> Tensor:
     """How well views agree on boxes: the mean, over the other views, of the IoU with what these have in its place.
 
@@ -108,13 +133,26 @@ def localization_scores(boxes: Instances, seen: Sequence[Instances]) -> Tensor:
     Returns:
         (N,) in [0, 1].
     """
+    best = _best_in_views(boxes, seen, lambda iou, view: iou)
+    # In its own view a box finds itself, with an IoU of 1; the mean of several leaves out what is nearest to it.
+    return best.sort(dim=0).values[:-1].mean(dim=0)
+
+
+def _best_in_views(
+    boxes: Instances, seen: Sequence[Instances], value: Callable[[Tensor, Instances], Tensor]
+) -> Tensor:
+    """(V, N): for each box, the best value among the boxes of its class in each view; 0 where there is none.
+
+    Args:
+        value: of the IoU (N, M) with a view's M boxes, and these: (N, M), from 0 on.
+    """
     best = torch.zeros(len(seen), len(boxes), device=boxes.scores.device)
     for of_view, view in zip(best, seen):
         if len(view):
             same_class = boxes.pred_classes[:, None] == view.pred_classes
-            of_view[:] = (pairwise_iou(boxes.pred_boxes, view.pred_boxes) * same_class).amax(dim=1)
-    # In its own view a box finds itself, with an IoU of 1; the mean of several leaves out what is nearest to it.
-    return best.sort(dim=0).values[:-1].mean(dim=0)
+            iou = pairwise_iou(boxes.pred_boxes, view.pred_boxes)
+            of_view[:] = (value(iou, view) * same_class).amax(dim=1)
+    return best
 
 
 def views(cfg: CfgNode) -> list[tuple[int, bool]]:

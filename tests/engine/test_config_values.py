@@ -45,6 +45,7 @@ VALUES = {
     "SELFTRAIN.MAX_BOXES_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
     "SELFTRAIN.MAX_LOSS_RATIO": ([0.0, -1.0, float("nan")], [0.1, float("inf")]),
     "SELFTRAIN.STAGE": ([-2], [-1, 0, 3]),
+    "SELFTRAIN.TTA.SCORES": (["max", ""], ["best", "mean"]),
     "SELFTRAIN.TTA.BOX_VOTING": ([1.1, -0.1, float("nan")], [0.0, 0.6, 1.0]),
     "SELFTRAIN.TEACHER_CHECKPOINT": (["first", ""], ["last", "best"]),
     "SELFTRAIN.TRACKERS": ([("tensorboard",), ("wandb", "wandb")], [(), ("wandb", "mlflow")]),

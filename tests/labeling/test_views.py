@@ -14,7 +14,7 @@ from selftrain_d2.data.image_sources import list_images
 from selftrain_d2.data.pseudo_labels.manifest import read_manifest
 from selftrain_d2.data.scaled_images import scale_augmentations
 from selftrain_d2.labeling.inference import Teacher, read_ahead
-from selftrain_d2.labeling.views import localization_scores, mirrored, voted_boxes
+from selftrain_d2.labeling.views import localization_scores, mean_scores, mirrored, voted_boxes
 
 
 class PaintDetector(torch.nn.Module):
@@ -184,6 +184,46 @@ def test_localization_scores_by_hand():
     torch.testing.assert_close(localization_scores(one, [one, two, three]), expected)
     assert localization_scores(_seen(), [_seen(), _seen()]).tolist() == []
     assert localization_scores(one, [one, _seen()]).tolist() == [0.0, 0.0]
+
+
+def test_mean_scores_by_hand():
+    """The first object is seen by both views, by the second twice; the other one by one view alone."""
+    one = _seen(([0, 0, 10, 10], 0), ([20, 20, 40, 40], 1))
+    two = _seen(([0, 0, 10, 8], 0), ([0, 0, 10, 6], 0), ([20, 20, 40, 40], 0))
+    one.scores, two.scores = torch.tensor([0.8, 0.6]), torch.tensor([0.2, 0.4, 0.9])
+    for boxes, threshold, expected in (
+        (one, 0.5, [(0.8 + 0.4) / 2, 0.6 / 2]),
+        (one, 0.7, [(0.8 + 0.2) / 2, 0.6 / 2]),  # of the IoUs 0.8 and 0.6 one is left
+        (one, 0.9, [0.8 / 2, 0.6 / 2]),
+    ):
+        torch.testing.assert_close(mean_scores(boxes, [one, two], threshold), torch.tensor(expected))
+    lowered = one[:1]
+    lowered.scores = torch.tensor([0.4])  # half of what the view had
+    torch.testing.assert_close(mean_scores(lowered, [one, two], 0.5), torch.tensor([0.3]))
+    assert mean_scores(_seen(), [_seen(), _seen()], 0.5).tolist() == []
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_the_mean_of_the_views_scores_sorts_and_selects(config, painted, sigma):
+    """Red is seen at twice the size alone, with 0.6; green mirrored, with 0.5 and 0.6."""
+    keys = {
+        "SELFTRAIN__TTA__FLIP": True,
+        "SELFTRAIN__TTA__SCALES": (1.0, 2.0),
+        "SELFTRAIN__TTA__SCORES": "mean",
+    }
+    keys |= {"MODEL__RETINANET__SOFT_NMS_SIGMA": sigma, "MODEL__RETINANET__SCORE_THRESH_TEST": 0.02}
+
+    def found(**more):
+        merged, _ = _merged(config, painted, **{**keys, **more})
+        return list(zip(merged.pred_classes.tolist(), merged.scores.tolist()))
+
+    expected = [(1, pytest.approx((0.5 + 0.6) / 4)), (0, pytest.approx(0.6 / 4))]
+    if sigma:  # green once more, as the other view has it
+        expected.append((1, pytest.approx(0.5 * np.exp(-1 / sigma) * (0.5 + 0.6) / 4 / 0.6)))
+    assert found() == expected
+    assert found(MODEL__RETINANET__SCORE_THRESH_TEST=0.2) == expected[:1]
+    if not sigma:  # Soft-NMS takes its most by the best scores
+        assert found(MODEL__RETINANET__SCORE_THRESH_TEST=0.05, TEST__DETECTIONS_PER_IMAGE=1) == expected[:1]
 
 
 def test_localization_scores_are_written_and_select(config, painted, tmp_path):
