@@ -19,7 +19,7 @@ EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 # EfficientDet, for the tests and the benchmark to compare with.
 EFFDET = "effdet>=0.4.1"
 # What runs the tests, the notebook of examples/ among them.
-TESTS = [EFFDET, "hypothesis", "ipykernel", "nbclient", "pytest>=7.3", "ruff", SUPERVISION]
+TESTS = [EFFDET, "hypothesis", "ipykernel", "nbclient", "pytest>=7.3", "pytest-xdist>=3", "ruff", SUPERVISION]
 # Addresses of object storage; s3fs, gcsfs and the like are the user's choice.
 STORAGE = ["fsspec"]
 # SLURM for `selftrain-d2 grid`.

@@ -26,7 +26,8 @@ from selftrain_d2.data.datasets import register_human_labels, register_pseudo_la
 from selftrain_d2.data.pseudo_labels.shards import make_row
 from selftrain_d2.data.pseudo_labels.writer import PseudoLabelWriter
 
-torch.set_num_threads(2)
+# Two, or of processes that run tests side by side (pytest-xdist) one each.
+torch.set_num_threads(2 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1" else 1)
 # A shell starts what runs in the background with Ctrl-C ignored, and that would be inherited by what tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 COLOURS = {"red": (40, 40, 220), "green": (40, 220, 40)}  # BGR, as OpenCV writes
