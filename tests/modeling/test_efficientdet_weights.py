@@ -143,7 +143,7 @@ def test_anchors_of_every_size(name):
 @functools.lru_cache
 def effdet_d0(height=128, width=256):
     """Its classes that COCO does not have are never found."""
-    torch.manual_seed(0)  # of boxes of nearly equal scores either may be the first
+    torch.manual_seed(0)
     model = make_effdet("efficientdet-d0", (height, width), spread=0.3)
     nn.init.normal_(model.class_net.predict.conv_pw.weight, std=0.3)
     bias = model.class_net.predict.conv_pw.bias.data.view(9, 90)
@@ -170,9 +170,13 @@ def test_boxes_equal_effdets():
     boxes = expected[:, :4].clamp(min=0).minimum(torch.tensor([256.0, 128.0] * 2))
     inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
     assert inside.sum() > 50 and len(set(found.pred_classes.tolist())) > 5
-    assert [list(COCO_CLASSES)[c] for c in found.pred_classes] == expected[inside, 5].int().tolist()
     torch.testing.assert_close(found.scores, expected[inside, 4], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.pred_boxes.tensor, boxes[inside], rtol=0, atol=1e-2)
+    slots = torch.tensor(list(COCO_CLASSES))[found.pred_classes]
+    ours = torch.column_stack([slots, found.scores, found.pred_boxes.tensor])
+    theirs = torch.column_stack([expected[inside, 5], expected[inside, 4], boxes[inside]])
+    # Of boxes of nearly equal scores either may be the first.
+    same = ((ours[:, None] - theirs).abs() <= torch.tensor([0, 1e-5, *[1e-2] * 4])).all(dim=2)
+    assert same.any(dim=0).all() and same.any(dim=1).all()
 
 
 # ---- the command ------------------------------------------------------------------------------------
