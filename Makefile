@@ -29,7 +29,7 @@ $(READY): setup.py tools/setup_venv.sh $(REQUIREMENTS)
 	bash tools/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(DETECTRON2)" "$(REQUIREMENTS)"
 	@touch $@
 
-# A process for each core, up to four: one needs 2 GB. A file's tests stay together, for what they share.
+# A process for each core, up to four. A file's tests stay together, for what they share.
 test: setup
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 

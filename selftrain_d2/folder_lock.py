@@ -14,7 +14,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ _HELD = (errno.EAGAIN, errno.EACCES)
 
 
 class FolderLock:
-    """Holds a folder, made if it is not there, until closed or until its process ends, however that ends.
+    """Holds a folder until closed, or until its process ends, however that ends.
 
     The operating system keeps the lock (``flock``; Linux carries it to other machines over NFS), so a killed
     process leaves none behind. The file's text, host and process, only serves the message to others.
@@ -41,20 +40,14 @@ class FolderLock:
         patience: seconds to wait for one that holds it; by default 120 in a process of torchrun, else none.
 
     Raises:
-        InputError: another holds the folder, whom the message names, or it cannot be written.
+        InputError: another holds the folder; the message names it.
     """
 
     def __init__(self, folder: str | os.PathLike, patience: float | None = None):
         if patience is None:
             patience = _PATIENCE_IN_TORCHRUN if dist.is_torchelastic_launched() else 0.0
         end = time.monotonic() + patience
-        with writing(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = open(Path(folder) / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held open)
-            self._take(folder, end)
-        _held.add(self)
-
-    def _take(self, folder: str | os.PathLike, end: float) -> None:
+        self._file = open(Path(folder) / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held open)
         try:
             self._wait(end)
         except OSError as error:
@@ -73,6 +66,7 @@ class FolderLock:
         except OSError:
             self.close()
             raise
+        _held.add(self)
 
     def _wait(self, end: float) -> None:
         while True:

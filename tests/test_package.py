@@ -21,7 +21,7 @@ ALLOWED = {
     "environment": set(),
     "storage": {"errors"},
     "files": {"errors", "storage"},
-    "folder_lock": {"errors", "files"},
+    "folder_lock": {"errors"},
     "object_storage": {"files"},
     "processes": {"errors"},
     "data": {"errors", "storage", "files", "folder_lock"},

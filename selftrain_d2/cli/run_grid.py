@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only cells with these values, and what they need; may be repeated; step=NAME chooses steps",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one of the file's values"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one of the file's values; a list by a line as a shell reads it",
     )
     parser.add_argument(
         "--retry-failed", action="store_true", help="run failed cells again, also with a corrected command"

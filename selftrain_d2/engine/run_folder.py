@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from selftrain_d2.errors import InputError
-from selftrain_d2.files import remove_unfinished
+from selftrain_d2.files import remove_unfinished, writing
 from selftrain_d2.folder_lock import FolderLock
 from selftrain_d2.modeling.checkpoint import BEST_WEIGHTS, FINAL_WEIGHTS, WEIGHT_AVERAGE, checkpoints_in
 from selftrain_d2.processes import on_main_process
@@ -19,6 +19,17 @@ from selftrain_d2.processes import on_main_process
 RESULTS = "results.json"
 #: Below OUTPUT_DIR: the weights that labeled at the end of training, where SELFTRAIN.TEACHER is "moving_average".
 MOVING_TEACHER = os.path.join("moving_teacher", FINAL_WEIGHTS)
+
+
+def made_and_locked(folder: str | os.PathLike) -> FolderLock:
+    """Make a folder, if it is not there, and hold it against other writers.
+
+    Raises:
+        InputError: another holds the folder, or it cannot be written.
+    """
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return FolderLock(folder)
 
 
 @contextlib.contextmanager
@@ -36,7 +47,7 @@ def held(folder: str | os.PathLike, check: Callable[[], None] | None = None) -> 
     folder = Path(folder)
 
     def take() -> FolderLock:
-        lock = FolderLock(folder)
+        lock = made_and_locked(folder)
         try:
             if check is not None:
                 check()

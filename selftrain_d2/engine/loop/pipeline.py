@@ -18,8 +18,7 @@ from selftrain_d2.engine.loop.oracle import true_labels
 from selftrain_d2.engine.loop.stages import PSEUDO, Stages
 from selftrain_d2.engine.loop.summary import write_summary
 from selftrain_d2.engine.loop.tasks import Task
-from selftrain_d2.engine.run_folder import MOVING_TEACHER
-from selftrain_d2.folder_lock import FolderLock
+from selftrain_d2.engine.run_folder import MOVING_TEACHER, made_and_locked
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def self_train(
             without torchrun.
     """
     stages = checked_stages(cfg, task, output, options or LoopOptions())
-    with contextlib.closing(FolderLock(output)):
+    with contextlib.closing(made_and_locked(output)):
         return _run(stages)
 
 

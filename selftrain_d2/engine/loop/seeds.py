@@ -30,9 +30,9 @@ from selftrain_d2.engine.loop.pipeline import self_train
 from selftrain_d2.engine.loop.summary import SUMMARY, SUMMARY_MARKDOWN
 from selftrain_d2.engine.loop.tasks import TASKS, Task
 from selftrain_d2.engine.loop.tasks.detection import Detection
+from selftrain_d2.engine.run_folder import made_and_locked
 from selftrain_d2.errors import InputError
 from selftrain_d2.files import read_json, write_json, write_text
-from selftrain_d2.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def self_train_seeds(
             self_train(with_seed(cfg, seed), tasks[seed], seed_folder(output, seed), options)
             finished(seed)
 
-    with contextlib.closing(FolderLock(output)):
+    with contextlib.closing(made_and_locked(output)):
         (run_all or one_after_the_other)(seeds, finished)
         summary = sum_up([runs[seed] for seed in seeds])
         if draw is not None:
