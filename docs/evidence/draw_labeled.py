@@ -4,7 +4,7 @@
 
 With --also two parts of a data set, whose images differ in name, are one to draw from:
 
-    python docs/evidence/draw_labeled.py data/neon_trees/labeled.json data/neon_trees/images/labeled --labeled 20 \
+    python docs/evidence/draw_labeled.py data/neon_trees/labeled.json data/neon_trees/images/labeled --labeled 20 \\
         --also data/neon_trees/unlabeled_truth.json data/neon_trees/images/unlabeled --seeds 0 1 \\
         --output data/neon_trees_20
 

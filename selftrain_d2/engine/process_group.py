@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,10 +57,10 @@ def run_in_processes(
     if use_cuda and p.num_gpus > torch.cuda.device_count():
         raise InputError(f"--num-gpus is {p.num_gpus}, this machine has {torch.cuda.device_count()}.")
     if torch.distributed.is_torchelastic_launched():
-        _join_torchrun(use_cuda)
-        if _Calls.handed_out is not None:
-            _Calls.handed_out.exchange((main, arguments))
-        main(*arguments)
+        with _in_group_of_torchrun(use_cuda):
+            if _Calls.handed_out is not None:
+                _Calls.handed_out.exchange((main, arguments))
+            main(*arguments)
         return
     if p.num_gpus * p.num_machines == 1:
         main(*arguments)
@@ -133,20 +135,20 @@ def main_process_leads(device: str) -> Iterator[bool]:
     if not in_torchrun():
         yield True
         return
-    _join_torchrun(_uses_cuda(device))
-    calls = _Calls()
-    if not comm.is_main_process():
-        while (call := calls.exchange()) is not None:
-            main, arguments = call
-            main(*arguments)
-        yield False
-        return
-    _Calls.handed_out = calls
-    try:
-        yield True
-        calls.exchange()
-    finally:
-        _Calls.handed_out = None
+    with _in_group_of_torchrun(_uses_cuda(device)):
+        calls = _Calls()
+        if not comm.is_main_process():
+            while (call := calls.exchange()) is not None:
+                main, arguments = call
+                main(*arguments)
+            yield False
+            return
+        _Calls.handed_out = calls
+        try:
+            yield True
+            calls.exchange()
+        finally:
+            _Calls.handed_out = None
 
 
 class _Calls:
@@ -157,7 +159,6 @@ class _Calls:
 
     def __init__(self) -> None:
         self._store = shared_store()
-        self._group = torch.distributed.new_group(backend="gloo")
         self._number = 0
 
     def exchange(self, call: tuple[Callable[..., Any], tuple] | None = None) -> Any:
@@ -167,15 +168,29 @@ class _Calls:
         a shard to label.
         """
         self._number += 1
-        wait_for_all(self._store, f"call/{self._number}")
-        box = [call]
-        torch.distributed.broadcast_object_list(box, group=self._group)
-        return box[0]
+        if comm.is_main_process():
+            self._store.set(f"call/{self._number}", pickle.dumps(call))
+        wait_for_all(self._store, f"here/{self._number}")
+        return pickle.loads(self._store.get(f"call/{self._number}"))
+
+
+@contextlib.contextmanager
+def _in_group_of_torchrun(use_cuda: bool) -> Iterator[None]:
+    """Join the processes that torchrun started, if this one has not yet; it leaves them at its end.
+
+    Not after an error: others may then be in a collective, for which leaving would wait.
+    """
+    if not torch.distributed.is_initialized():
+        _join_torchrun(use_cuda)
+        atexit.register(_leave)
+    try:
+        yield
+    except BaseException:
+        atexit.unregister(_leave)
+        raise
 
 
 def _join_torchrun(use_cuda: bool) -> None:
-    if torch.distributed.is_initialized():
-        return
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     if may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # github.com/pytorch/pytorch/issues/135712
@@ -200,6 +215,7 @@ def _join_and_call(
 ) -> None:
     _join(use_cuda, local_rank, p.num_gpus, rank=p.machine_rank * p.num_gpus + local_rank, **group)
     main(*arguments)
+    _leave()
 
 
 def _join(use_cuda: bool, local_rank: int, local_size: int, **group: Any) -> None:
@@ -209,6 +225,19 @@ def _join(use_cuda: bool, local_rank: int, local_size: int, **group: Any) -> Non
     torch.distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=DEFAULT_TIMEOUT, **group)
     comm.create_local_process_group(local_size)
     comm.synchronize()
+
+
+def _leave() -> None:
+    """Leave the process group, once all are done.
+
+    Without, a process that ends right after a collective is aborted now and then, when gloo's thread gives the tensors
+    of that collective back to an interpreter that is no more (github.com/pytorch/pytorch/pull/179291). Destroying the
+    group waits for the thread only if nothing else refers to the group, as detectron2 does; a barrier, which has no
+    tensors, comes after those that have.
+    """
+    if wait_for_all(shared_store(), "done", DEFAULT_TIMEOUT.total_seconds()):
+        comm.synchronize()
+        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

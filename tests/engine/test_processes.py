@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, assert_refused, make_coco_set
 from detectron2.utils import comm
-from machines import Machines
+from machines import ROOT, Machines
 
 from selftrain_d2.cli import main
 from selftrain_d2.data.pseudo_labels.shards import make_row
@@ -213,6 +215,35 @@ def test_every_process_says_where_a_loss_was_not_finite():
     message = r"at step 0, for human labels \(loss nan\)\. Images: image_1\.png; the batch is saved in saved_1\.pth\.$"
     with pytest.raises(NonFiniteLossError, match=message):
         run_in_processes(_loss_of_the_second_is_nan, Processes(num_gpus=2), ())
+
+
+def _end_with_a_collective():
+    """Without a pause in which another thread could give its tensors back, until this one waits for something."""
+    sys.setswitchinterval(1000)
+    torch.distributed.broadcast_object_list([None])
+
+
+def test_processes_that_end_right_after_a_collective():
+    """gloo's threads outlived the interpreter: every third of such processes was aborted."""
+    for _ in range(3):
+        run_in_processes(_end_with_a_collective, Processes(num_gpus=2), ())
+
+
+def test_processes_of_torchrun_that_end_right_after_a_collective(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from test_processes import _end_with_a_collective\n"
+        "from selftrain_d2.engine.process_group import main_process_leads, run_in_processes\n"
+        "run_in_processes(_end_with_a_collective, None, (), 'cpu')\n"
+        "with main_process_leads('cpu') as leads:\n"
+        "    if leads:\n"
+        "        run_in_processes(_end_with_a_collective, None, (), 'cpu')\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*torchrun, str(program)], check=True, env=environment, timeout=600)
 
 
 def _wait(folder):
