@@ -32,16 +32,17 @@ def main():
     )
     args = parser.parse_args()
     parts = [(args.json, args.images), *([args.also] if args.also else [])]
+    contents = [json.loads(file.read_text()) for file, _ in parts]
     folders = {
         image["file_name"]: folder
-        for file, folder in parts
-        for image in json.loads(file.read_text())["images"]
+        for content, (_, folder) in zip(contents, parts)
+        for image in content["images"]
     }
     labels = args.json
     if args.also:
         args.output.mkdir(parents=True, exist_ok=True)
         labels = args.output / "all.json"
-        labels.write_text(json.dumps(joined(*(json.loads(file.read_text()) for file, _ in parts))))
+        labels.write_text(json.dumps(joined(*contents)))
     for seed in args.seeds:
         for file in draw_labeled(labels, args.output / f"seed_{seed}", args.labeled, seed):
             folder = file.with_suffix("")

@@ -40,9 +40,9 @@ def run_in_processes(
 ) -> None:
     """Call ``main(*arguments)`` in every process; in this one where there is only one (None).
 
-    Under torchrun the processes are there already: this one joins them. Either all call this with the same arguments,
-    or only the main one does, in :func:`main_process_leads`. Processes that this one started end with it,
-    also when it alone is interrupted or gets SIGTERM.
+    Under torchrun the processes are there already: this one joins them, and leaves at its end. Either all call this
+    with the same arguments, or only the main one does, in :func:`main_process_leads`. Processes that this one started
+    end with it, also when it alone is interrupted or gets SIGTERM.
 
     Args:
         device: MODEL.DEVICE: each process has a GPU of its own, unless this is the CPU or there is none.
