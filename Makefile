@@ -69,7 +69,7 @@ $(WEIGHTS): $(READY)
 
 demo: setup $(WEIGHTS)
 	$(BIN)/python tools/prepare_neon_trees.py --output $(DATA)
-	$(BIN)/python tools/self_train.py --config-file configs/neon_trees/lite0_256.yaml \
+	$(BIN)/python tools/self_train.py --config-file configs/neon_trees/demo.yaml \
 	    --labeled-json $(DATA)/labeled.json --labeled-images $(DATA)/images/labeled \
 	    --unlabeled-images $(DATA)/images/unlabeled --unlabeled-truth-json $(DATA)/unlabeled_truth.json \
 	    --val-json $(DATA)/validation.json --val-images $(DATA)/images/validation \

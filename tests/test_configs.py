@@ -302,6 +302,14 @@ def test_the_demo_has_detectron2s_losses_and_heads():
         assert dict(flat(cfg))[key] == dict(flat(default))[key], key
 
 
+def test_the_demo_has_the_recipe_for_few_labels():
+    detector, recipe = "neon_trees/lite0_256.yaml", "recipes/few_labels.yaml"
+    assert changes(load("neon_trees/demo.yaml"), load(detector, recipe)) == {
+        "SOLVER.MAX_ITER",
+        "SELFTRAIN.STUDENT",
+    }
+
+
 def test_the_model_zoo_page_is_up_to_date():
     page = DOCS.read_text(encoding="utf-8")
     rows = {line.replace(" ", "") for line in page.splitlines()}
